@@ -1,0 +1,610 @@
+"""The vocabulary: where neurons are, how far each one moved, and which are chosen.
+
+A *neuron* is one vector of length ``vector_length`` inside a projection matrix: a row of a projection
+that reads from the residual stream (``up_proj``, ``gate_proj``, ``q/k/v_proj``), a column of one that
+writes to it (``down_proj``, ``o_proj``) (paper, section 4). Index *n* of ``up_proj`` and index *n* of
+``down_proj`` are different neurons.
+
+Nothing here needs torch: sets and scores are numpy arrays and small files.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from neft.errors import NeuronError
+from neft.files import replaced_atomically, write_text
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Indices: TypeAlias = npt.NDArray[np.int64]
+Which: TypeAlias = Literal["lowest", "highest", "random"]
+
+NEURONS_FORMAT = "neft-neurons"
+SCORES_FORMAT = "neft-scores"
+FORMAT_VERSION = 1
+
+# Ties between equal scores break by (layer, projection, index); this is the order of projections.
+ROLE_ORDER = ("up", "gate", "gate_up", "down", "q", "k", "v", "qkv", "o")
+
+
+class Axis(StrEnum):
+    """How a projection's neurons lie in its weight, in the convention ``weight[out, in]``."""
+
+    ROW = "row"
+    """Neuron *n* is ``weight[n, :]``: what unit *n* reads from the residual stream."""
+
+    COLUMN = "column"
+    """Neuron *n* is ``weight[:, n]``: what unit *n* writes to the residual stream."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection matrix and how neurons lie in it."""
+
+    name: str
+    """Module name as in ``model.named_modules()``, e.g. ``model.layers.0.mlp.up_proj``."""
+    layer: int | None
+    """Index of the transformer layer, from 0; ``None`` outside the stack of layers."""
+    role: str
+    """``up``, ``gate``, ``gate_up``, ``down``, ``q``, ``k``, ``v``, ``qkv``, ``o``, or the module's own
+    last name where the architecture table has none."""
+    axis: Axis
+    num_neurons: int
+    vector_length: int
+    transposed: bool = False
+    """The weight is stored as ``[in, out]`` (transformers' ``Conv1D``) instead of ``[out, in]``."""
+
+    @property
+    def neuron_dim(self) -> int:
+        """Dimension of the *stored* weight that counts neurons (0 or 1)."""
+        return int((self.axis is Axis.COLUMN) != self.transposed)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the stored weight."""
+        if self.neuron_dim == 0:
+            return self.num_neurons, self.vector_length
+        return self.vector_length, self.num_neurons
+
+    @property
+    def order(self) -> tuple[bool, int, int, str, str]:
+        """Sort key: by layer, then projection; modules outside the stack come last."""
+        rank = ROLE_ORDER.index(self.role) if self.role in ROLE_ORDER else len(ROLE_ORDER)
+        return self.layer is None, self.layer or 0, rank, self.role, self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; defaults are left out."""
+        fields: dict[str, Any] = {
+            "name": self.name,
+            "layer": self.layer,
+            "role": self.role,
+            "axis": str(self.axis),
+            "num_neurons": self.num_neurons,
+            "vector_length": self.vector_length,
+        }
+        if self.transposed:
+            fields["transposed"] = True
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Projection:
+        """The inverse of ``to_dict``; raises ``KeyError`` or ``ValueError`` on malformed fields."""
+        layer = fields["layer"]
+        return cls(
+            name=str(fields["name"]),
+            layer=None if layer is None else int(layer),
+            role=str(fields["role"]),
+            axis=Axis(fields["axis"]),
+            num_neurons=int(fields["num_neurons"]),
+            vector_length=int(fields["vector_length"]),
+            transposed=bool(fields.get("transposed", False)),
+        )
+
+
+def _by_name(projections: Iterable[Projection]) -> dict[str, Projection]:
+    """Projections by module name, in canonical order; the same name twice must mean the same matrix."""
+    table: dict[str, Projection] = {}
+    for projection in sorted(projections, key=lambda p: p.order):
+        known = table.setdefault(projection.name, projection)
+        if known != projection:
+            raise NeuronError(
+                f"{projection.name}: two different descriptions of one projection ({known} and "
+                f"{projection}). These neurons were made for different models."
+            )
+    return table
+
+
+def _checked_indices(projection: Projection, indices: npt.ArrayLike) -> Indices:
+    array = np.asarray(indices)
+    if array.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise NeuronError(
+            f"{projection.name}: neuron indices must be a one-dimensional list of whole numbers, "
+            f"got {array.dtype} of shape {array.shape}."
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= projection.num_neurons:
+        raise NeuronError(
+            f"{projection.name}: neuron index {low if low < 0 else high} is outside "
+            f"0..{projection.num_neurons - 1}; this projection has {projection.num_neurons} neurons."
+        )
+    return np.unique(array.astype(np.int64))
+
+
+class NeuronSet:
+    """Chosen neurons of one model: module name -> sorted unique indices.
+
+    A set also knows the projections it was chosen from (``projections``, which may include some with
+    no chosen neuron) and where it comes from (``provenance``, plain JSON values). Two sets are equal
+    when they hold the same neurons of the same projections, whatever their provenance.
+
+    Args:
+        projections: the candidates, in any order.
+        indices: module name -> indices, each in ``0..num_neurons - 1``; repeats are dropped.
+        provenance: base model, scoring method, budget, versions: plain JSON values.
+
+    Raises:
+        NeuronError: an index out of range, or a module that is not among ``projections``.
+    """
+
+    def __init__(
+        self,
+        projections: Iterable[Projection],
+        indices: Mapping[str, npt.ArrayLike],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.projections: dict[str, Projection] = _by_name(projections)
+        unknown = sorted(set(indices) - set(self.projections))
+        if unknown:
+            raise NeuronError(
+                f"{unknown[0]}: not among the {len(self.projections)} projections of this model "
+                f"(e.g. {next(iter(self.projections), 'none')}). Use names as in model.named_modules()."
+            )
+        self._indices = {
+            name: chosen
+            for name, projection in self.projections.items()
+            if name in indices and (chosen := _checked_indices(projection, indices[name])).size
+        }
+        self.provenance: dict[str, Any] = dict(provenance or {})
+
+    def __len__(self) -> int:
+        """Number of neurons."""
+        return sum(chosen.size for chosen in self._indices.values())
+
+    def __getitem__(self, name: str) -> Indices:
+        """Indices chosen in module ``name``, sorted; empty if there are none."""
+        return self._indices.get(name, np.empty(0, dtype=np.int64))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether any neuron of module ``name`` is chosen."""
+        return name in self._indices
+
+    def items(self) -> Iterator[tuple[str, Indices]]:
+        """(module name, sorted indices) of every module that has a chosen neuron, by layer."""
+        yield from self._indices.items()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NeuronSet):
+            return NotImplemented
+        return self._indices.keys() == other._indices.keys() and all(
+            self.projections[name] == other.projections[name]
+            and np.array_equal(chosen, other._indices[name])
+            for name, chosen in self._indices.items()
+        )
+
+    # Sets hold arrays and provenance that a caller may edit.
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"NeuronSet({len(self):,} neurons in {len(self._indices)} projections, "
+            f"{self.num_parameters:,} parameters)"
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of scalars in the chosen vectors."""
+        return sum(
+            chosen.size * self.projections[name].vector_length
+            for name, chosen in self._indices.items()
+        )
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of neurons that could have been chosen."""
+        return sum(projection.num_neurons for projection in self.projections.values())
+
+    def percent_of(self, total_parameters: int) -> float:
+        """Chosen scalars in percent of ``total_parameters`` (the paper's NeFT_x%)."""
+        if total_parameters <= 0:
+            raise NeuronError(f"total_parameters must be positive, got {total_parameters}.")
+        return 100.0 * self.num_parameters / total_parameters
+
+    def counts_by_layer(self) -> dict[int | None, int]:
+        """Number of chosen neurons of every layer that has candidates."""
+        counts: dict[int | None, int] = {}
+        for name, projection in self.projections.items():
+            counts[projection.layer] = counts.get(projection.layer, 0) + self[name].size
+        return counts
+
+    def counts_by_role(self) -> dict[str, int]:
+        """Number of chosen neurons of every role that has candidates."""
+        counts: dict[str, int] = {}
+        for name, projection in self.projections.items():
+            counts[projection.role] = counts.get(projection.role, 0) + self[name].size
+        return counts
+
+    def _combined(
+        self, other: NeuronSet, operation: str, symbol: str, names: Iterable[str]
+    ) -> NeuronSet:
+        combine = getattr(np, operation)
+        return NeuronSet(
+            [*self.projections.values(), *other.projections.values()],
+            {name: combine(self[name], other[name]) for name in names},
+            {"operation": symbol, "left": self.provenance, "right": other.provenance},
+        )
+
+    def __or__(self, other: NeuronSet) -> NeuronSet:
+        """Neurons of either set."""
+        names = self._indices.keys() | other._indices.keys()
+        return self._combined(other, "union1d", "|", names)
+
+    def __and__(self, other: NeuronSet) -> NeuronSet:
+        """Neurons of both sets."""
+        names = self._indices.keys() & other._indices.keys()
+        return self._combined(other, "intersect1d", "&", names)
+
+    def __sub__(self, other: NeuronSet) -> NeuronSet:
+        """Neurons of this set that are not in the other."""
+        return self._combined(other, "setdiff1d", "-", self._indices.keys())
+
+    def overlap(self, other: NeuronSet) -> float:
+        """Share of this set that the other holds too, ``|A & B| / |A|`` in 0..1 (paper, Table 5)."""
+        if not len(self):
+            raise NeuronError("The overlap of an empty neuron set with another is not defined.")
+        return len(self & other) / len(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values: a readable header, and one bitmap a projection, base64."""
+        return {
+            "format": NEURONS_FORMAT,
+            "version": FORMAT_VERSION,
+            "num_neurons": len(self),
+            "num_parameters": self.num_parameters,
+            "provenance": self.provenance,
+            "projections": [
+                projection.to_dict()
+                | {
+                    "chosen": int(self[name].size),
+                    "bitmap": _to_bitmap(self[name], projection.num_neurons),
+                }
+                for name, projection in self.projections.items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], where: str = "neuron set") -> NeuronSet:
+        """The inverse of ``to_dict``; ``where`` names the source in errors."""
+        if fields.get("format") != NEURONS_FORMAT:
+            raise NeuronError(
+                f"{where}: not a neuron set (format is {fields.get('format')!r}, "
+                f"expected {NEURONS_FORMAT!r})."
+            )
+        if fields.get("version") != FORMAT_VERSION:
+            raise NeuronError(
+                f"{where}: version {fields.get('version')!r} of the neuron set format is unknown to "
+                f"this release, which reads version {FORMAT_VERSION}. Upgrade neft."
+            )
+        try:
+            projections = [Projection.from_dict(entry) for entry in fields["projections"]]
+            indices = {
+                projection.name: _from_bitmap(entry["bitmap"], projection)
+                for projection, entry in zip(projections, fields["projections"], strict=True)
+            }
+            for projection, entry in zip(projections, fields["projections"], strict=True):
+                if indices[projection.name].size != entry["chosen"]:
+                    raise NeuronError(
+                        f"{where}: {projection.name}: the bitmap holds "
+                        f"{indices[projection.name].size} neurons, the header says {entry['chosen']}."
+                    )
+            return cls(projections, indices, fields["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, NeuronError):
+                raise
+            raise NeuronError(f"{where}: malformed neuron set: {error!r}.") from error
+
+    def save(self, path: PathLike) -> None:
+        """Write one JSON file, atomically: the header indented, each projection on one line."""
+        fields = self.to_dict()
+        projections = fields.pop("projections")
+        header = json.dumps(fields, indent=2, ensure_ascii=False).removesuffix("\n}")
+        lines = ",\n".join("    " + json.dumps(entry, ensure_ascii=False) for entry in projections)
+        write_text(path, f'{header},\n  "projections": [\n{lines}\n  ]\n}}\n')
+
+    @classmethod
+    def load(cls, path: PathLike) -> NeuronSet:
+        """Read a file that ``save`` wrote; raises ``NeuronError`` that names the file and the fault."""
+        return cls.from_dict(_read_json_object(path), where=str(path))
+
+    @classmethod
+    def from_authors_json(
+        cls, source: PathLike | Mapping[str, Iterable[int]], projections: Iterable[Projection]
+    ) -> NeuronSet:
+        """Import the selection format of the paper's research code.
+
+        Args:
+            source: a file or mapping ``{"<layer>_in": [indices], "<layer>_out": [indices], ...}``;
+                *in* are rows of the up projection, *out* are columns of the down projection.
+            projections: the model's projections (see ``find_projections``).
+        """
+        where = "selection" if isinstance(source, Mapping) else str(source)
+        selection = source if isinstance(source, Mapping) else _read_json_object(source)
+        projections = list(projections)
+        names = {
+            f"{projection.layer}_{side}": projection.name
+            for projection in projections
+            for role, side in _AUTHORS_SIDES.items()
+            if projection.role == role
+        }
+        unknown = sorted(set(selection) - set(names))
+        if unknown:
+            raise NeuronError(
+                f"{where}: {unknown[0]!r} names no up or down projection of this model; keys are "
+                f"'<layer>_in' and '<layer>_out' with layers 0..{len(names) // 2 - 1}."
+            )
+        indices = {names[key]: list(chosen) for key, chosen in selection.items()}
+        return cls(projections, indices, {"method": "imported", "source": where})
+
+    def to_authors_json(self) -> dict[str, list[int]]:
+        """Export as ``{"<layer>_in": [...], "<layer>_out": [...]}``; up and down projections only."""
+        exported: dict[str, list[int]] = {}
+        for name, chosen in self.items():
+            projection = self.projections[name]
+            if projection.role not in _AUTHORS_SIDES or projection.layer is None:
+                raise NeuronError(
+                    f"{name}: the authors' format holds up and down projections only, "
+                    f"this one is {projection.role!r}."
+                )
+            exported[f"{projection.layer}_{_AUTHORS_SIDES[projection.role]}"] = chosen.tolist()
+        return exported
+
+
+_AUTHORS_SIDES = {"up": "in", "down": "out"}
+
+
+def _to_bitmap(indices: Indices, num_neurons: int) -> str:
+    mask = np.zeros(num_neurons, dtype=bool)
+    mask[indices] = True
+    return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
+
+
+def _from_bitmap(bitmap: str, projection: Projection) -> Indices:
+    try:
+        packed = np.frombuffer(base64.b64decode(bitmap, validate=True), dtype=np.uint8)
+    except binascii.Error as error:
+        raise NeuronError(f"{projection.name}: the bitmap is not base64: {error}.") from error
+    if packed.size != math.ceil(projection.num_neurons / 8):
+        raise NeuronError(
+            f"{projection.name}: the bitmap has {packed.size} bytes, "
+            f"{projection.num_neurons} neurons need {math.ceil(projection.num_neurons / 8)}."
+        )
+    mask = np.unpackbits(packed)
+    if mask[projection.num_neurons :].any():
+        raise NeuronError(f"{projection.name}: the bitmap marks neurons beyond the last.")
+    return np.flatnonzero(mask).astype(np.int64)
+
+
+def _read_json_object(path: PathLike) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NeuronError(f"{path}: cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise NeuronError(f"{path}: not a JSON file: {error}.") from error
+    if not isinstance(value, dict):
+        raise NeuronError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+class NeuronScores:
+    """How far every neuron of the scored projections moved.
+
+    The score of the paper is the cosine similarity S(i, n) of a neuron before and after (Algorithm 1).
+    Scores crowd 1, so what is held is the *distance* ``1 - cos`` in float64, computed without
+    cancellation: a **low score is a large distance**.
+
+    Args:
+        projections: what was scored.
+        distances: module name -> float64 ``[num_neurons]``, finite, in 0..2.
+        total_parameters: parameters of the whole model; percents refer to it.
+        provenance: models, method, versions: plain JSON values.
+    """
+
+    def __init__(
+        self,
+        projections: Iterable[Projection],
+        distances: Mapping[str, npt.ArrayLike],
+        total_parameters: int,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.projections: dict[str, Projection] = _by_name(projections)
+        self.distances: dict[str, npt.NDArray[np.float64]] = {}
+        for name, projection in self.projections.items():
+            if name not in distances:
+                raise NeuronError(f"{name}: has no scores.")
+            values = np.asarray(distances[name], dtype=np.float64)
+            if values.shape != (projection.num_neurons,):
+                raise NeuronError(
+                    f"{name}: scores of shape {values.shape}, expected ({projection.num_neurons},)."
+                )
+            if not np.isfinite(values).all():
+                worst = int(np.flatnonzero(~np.isfinite(values))[0])
+                raise NeuronError(f"{name}: the score of neuron {worst} is {values[worst]}.")
+            self.distances[name] = values
+        self.total_parameters = total_parameters
+        self.provenance: dict[str, Any] = dict(provenance or {})
+
+    def __len__(self) -> int:
+        """Number of scored neurons."""
+        return sum(projection.num_neurons for projection in self.projections.values())
+
+    def __repr__(self) -> str:
+        return f"NeuronScores({len(self):,} neurons in {len(self.projections)} projections)"
+
+    def cosine(self, name: str) -> npt.NDArray[np.float64]:
+        """S(i, n) of module ``name``, float64 ``[num_neurons]``; see ``distances`` for full precision."""
+        return 1.0 - self.distances[name]
+
+    @property
+    def max_percent(self) -> float:
+        """The largest budget that the scored projections can hold, in percent of all parameters."""
+        held = sum(p.num_neurons * p.vector_length for p in self.projections.values())
+        return 100.0 * held / self.total_parameters
+
+    def lowest(self, count: int) -> NeuronSet:
+        """The ``count`` neurons with the lowest cosine: the sensitive neurons."""
+        return self.select(count=count, which="lowest")
+
+    def highest(self, count: int) -> NeuronSet:
+        """The ``count`` neurons with the highest cosine (the paper's *Reversed*)."""
+        return self.select(count=count, which="highest")
+
+    def select(
+        self,
+        *,
+        percent: float | None = None,
+        count: int | None = None,
+        which: Which = "lowest",
+        seed: int = 0,
+    ) -> NeuronSet:
+        """Choose neurons from one ranking over all layers and projections.
+
+        Args:
+            percent: budget in percent of all parameters of the model, above 0: as many neurons as
+                fit. Give this or ``count``.
+            count: exact number of neurons, 0 to all.
+            which: ``lowest`` or ``highest`` cosine, or ``random`` (the control).
+            seed: for ``random`` only.
+
+        Returns:
+            Exactly the budget; ties break by (layer, projection, index).
+        """
+        if (percent is None) == (count is None):
+            raise NeuronError("Give a budget by percent or by count, one of the two.")
+        if percent is not None:
+            ranking = self._ranking(which, seed)
+            count = self._affordable(percent, ranking)
+        else:
+            assert count is not None
+            if count < 0 or count > len(self):
+                raise NeuronError(
+                    f"count is {count}; the scored projections hold {len(self)} neurons."
+                )
+            ranking = self._ranking(which, seed)
+        budget = {"which": which, "percent": percent, "count": count}
+        if which == "random":
+            budget["seed"] = seed
+        return self._chosen(np.sort(ranking[:count]), self.provenance | {"selection": budget})
+
+    def _ranking(self, which: Which, seed: int) -> Indices:
+        """Positions of all neurons in order of choice; positions run in canonical order."""
+        if which == "random":
+            # RandomState's stream is frozen by numpy's compatibility policy (NEP 19), so that a seed
+            # names the same neurons on every machine; Generator's may change between releases.
+            return np.random.RandomState(seed).permutation(len(self)).astype(np.int64)
+        if which not in ("lowest", "highest"):
+            raise NeuronError(f"which is {which!r}; choose 'lowest', 'highest' or 'random'.")
+        distances = np.concatenate([self.distances[name] for name in self.projections])
+        # A stable sort keeps the canonical order among equals.
+        return np.argsort(-distances if which == "lowest" else distances, kind="stable")
+
+    def _affordable(self, percent: float, ranking: Indices) -> int:
+        """Number of neurons, in ranking order, whose scalars fit in ``percent`` of the model."""
+        if not (math.isfinite(percent) and percent > 0):
+            raise NeuronError(f"percent is {percent}; it must be a number above 0.")
+        if percent > self.max_percent:
+            raise NeuronError(
+                f"percent is {percent:g}, but the scored projections hold only {self.max_percent:.4g}% "
+                f"of the model's {self.total_parameters:,} parameters. Lower it, or score more "
+                "projections."
+            )
+        # Exact arithmetic: 9% of a round number must not lose a neuron to binary rounding.
+        budget = math.floor(Fraction(str(percent)) * self.total_parameters / 100)
+        lengths = np.concatenate(
+            [np.full(p.num_neurons, p.vector_length) for p in self.projections.values()]
+        )
+        spent = np.cumsum(lengths[ranking])
+        return int(np.searchsorted(spent, budget, side="right"))
+
+    def _chosen(self, positions: Indices, provenance: Mapping[str, Any]) -> NeuronSet:
+        indices: dict[str, Indices] = {}
+        start = 0
+        for name, projection in self.projections.items():
+            end = start + projection.num_neurons
+            inside = positions[np.searchsorted(positions, start) : np.searchsorted(positions, end)]
+            indices[name] = inside - start
+            start = end
+        return NeuronSet(self.projections.values(), indices, provenance)
+
+    def save(self, path: PathLike) -> None:
+        """Write one safetensors file (a float64 tensor a module, and metadata), atomically."""
+        from safetensors.numpy import save_file
+
+        metadata = {
+            "format": SCORES_FORMAT,
+            "version": str(FORMAT_VERSION),
+            "total_parameters": str(self.total_parameters),
+            "projections": json.dumps([p.to_dict() for p in self.projections.values()]),
+            "provenance": json.dumps(self.provenance, ensure_ascii=False),
+        }
+        with replaced_atomically(path) as part:
+            save_file(self.distances, part, metadata)
+
+    @classmethod
+    def load(cls, path: PathLike) -> NeuronScores:
+        """Read a file that ``save`` wrote; raises ``NeuronError`` that names the file and the fault."""
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise NeuronError(f"{path}: no such file.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != SCORES_FORMAT:
+                    raise NeuronError(
+                        f"{path}: not a scores file (format is {metadata.get('format')!r}, "
+                        f"expected {SCORES_FORMAT!r})."
+                    )
+                if metadata.get("version") != str(FORMAT_VERSION):
+                    raise NeuronError(
+                        f"{path}: version {metadata.get('version')!r} of the scores format is unknown "
+                        f"to this release, which reads version {FORMAT_VERSION}. Upgrade neft."
+                    )
+                projections = [
+                    Projection.from_dict(entry) for entry in json.loads(metadata["projections"])
+                ]
+                distances = {p.name: file.get_tensor(p.name) for p in projections}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, NeuronError):
+                raise
+            raise NeuronError(f"{path}: not a readable scores file: {error}.") from error
+        return cls(
+            projections,
+            distances,
+            int(metadata["total_parameters"]),
+            json.loads(metadata["provenance"]),
+        )

@@ -193,6 +193,10 @@ class NeuronSet:
         """Whether any neuron of module ``name`` is chosen."""
         return name in self._indices
 
+    def modules(self) -> list[str]:
+        """Names of the modules that have a chosen neuron, by layer."""
+        return list(self._indices)
+
     def items(self) -> Iterator[tuple[str, Indices]]:
         """(module name, sorted indices) of every module that has a chosen neuron, by layer."""
         yield from self._indices.items()

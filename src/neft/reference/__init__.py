@@ -1,0 +1,1 @@
+"""Slow and obviously correct implementations, to check the fast ones against."""

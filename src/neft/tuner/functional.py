@@ -1,0 +1,170 @@
+"""The arithmetic of a linear layer of which only some neurons are trained.
+
+Shape suffixes: ``T`` tokens (all leading dimensions), ``I`` and ``O`` the layer's input and output
+features, ``K`` chosen neurons, ``L`` length of a neuron: ``I`` for rows, ``O`` for columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neft.neurons import Axis
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which neurons of one weight: their axis, and where they lie in the stored weight."""
+
+    axis: Axis
+    neuron_dim: int
+    indices_K: Tensor
+
+    def write(self, weight: Tensor, vectors_KL: Tensor) -> None:
+        """Overwrite the chosen neurons of the stored ``weight`` in place."""
+        values = vectors_KL.to(weight.dtype)
+        source = values if self.neuron_dim == 0 else values.T
+        weight.index_copy_(self.neuron_dim, self.indices_K, source)
+
+    def read(self, weight: Tensor) -> Tensor:
+        """A copy of the chosen neurons of the stored ``weight``, ``[K, L]``."""
+        chosen = weight.index_select(self.neuron_dim, self.indices_K)
+        return chosen if self.neuron_dim == 0 else chosen.T.contiguous()
+
+
+@dataclass(frozen=True)
+class ResidentLayer:
+    """A linear layer whose weight can be made to hold the trained vectors."""
+
+    load: Callable[[], Tensor]
+    """Write the vectors into the stored weight and return it."""
+    run: Callable[[Tensor], Tensor]
+    """The layer's own forward pass."""
+    transposed: bool
+    """The weight is stored as ``[I, O]``."""
+
+
+class _WriteThrough(torch.autograd.Function):
+    """The layer's own forward pass, with gradients for its input, its bias and the vectors only.
+
+    Where an ordinary linear layer would compute a gradient of the whole weight ``[O, I]``, this
+    computes that of the chosen neurons ``[K, L]``: ``dy[:, sel].T @ x`` for rows, ``x[:, sel].T @ dy``
+    for columns; the latter need only ``x[:, sel]`` from the forward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        layer: ResidentLayer,
+        selections: Sequence[Selection],
+        *vectors: Tensor,
+    ) -> Tensor:
+        layer.load()
+        y = layer.run(x)
+        ctx.layer = layer
+        ctx.selections = selections
+        ctx.input_dtype = x.dtype
+        ctx.vector_dtypes = [vector.dtype for vector in vectors]
+        # Under autocast the products of the backward pass run in the dtype of the output.
+        inputs = [
+            None
+            if not needed
+            else x
+            if selection.axis is Axis.ROW
+            else x.index_select(-1, selection.indices_K)
+            for selection, needed in zip(selections, ctx.needs_input_grad[4:], strict=True)
+        ]
+        inputs = [None if kept is None else kept.to(y.dtype) for kept in inputs]
+        # The vectors are saved so that autograd refuses a backward pass after they were changed.
+        ctx.save_for_backward(*vectors, *inputs)
+        ctx.num_vectors = len(vectors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors[ctx.num_vectors :]
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            # Loaded again: other adapters may have used the weight since the forward pass, and a
+            # sharded weight was gathered anew.
+            weight = ctx.layer.load().to(dy.dtype)
+            dx = (dy @ (weight.T if ctx.layer.transposed else weight)).to(ctx.input_dtype)
+        dy_TO = dy.reshape(-1, dy.shape[-1])
+        if ctx.needs_input_grad[1]:
+            dbias = dy_TO.sum(0)
+        dvectors = [
+            None if kept is None else _vector_gradient(selection, kept, dy_TO).to(dtype)
+            for selection, kept, dtype in zip(
+                ctx.selections, inputs, ctx.vector_dtypes, strict=True
+            )
+        ]
+        return dx, dbias, None, None, *dvectors
+
+
+def _vector_gradient(selection: Selection, kept: Tensor, dy_TO: Tensor) -> Tensor:
+    """Gradient ``[K, L]`` of the chosen neurons; ``kept`` is x (rows) or x[:, sel] (columns)."""
+    kept_T = kept.reshape(-1, kept.shape[-1])
+    if selection.axis is Axis.ROW:
+        return dy_TO.index_select(-1, selection.indices_K).T @ kept_T
+    return kept_T.T @ dy_TO
+
+
+def write_through(
+    x: Tensor,
+    bias: Tensor | None,
+    layer: ResidentLayer,
+    selections: Sequence[Selection],
+    vectors: Sequence[Tensor],
+) -> Tensor:
+    """``layer.run(x)`` with the vectors in the layer's weight; differentiable in x, bias, vectors.
+
+    Args:
+        x: input ``[..., I]``.
+        bias: the layer's own bias ``[O]``, only so that it can receive a gradient.
+        layer: how to load the vectors and run the layer.
+        selections: for each of ``vectors``, where it belongs.
+        vectors: trained neurons ``[K, L]`` each.
+    """
+    y: Tensor = _WriteThrough.apply(x, bias, layer, selections, *vectors)
+    return y
+
+
+def overlay(
+    y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    selection: Selection,
+    vectors: Tensor,
+    originals: Tensor,
+) -> Tensor:
+    """The output of a layer with trained neurons, from the output ``y`` of the untouched layer.
+
+    For weights that cannot be written (offloaded, compiled into a graph): rows replace their outputs,
+    columns add the difference that they make. Costs about the share of chosen neurons more than the
+    layer alone, and rounds differently from ``write_through`` in the last bits.
+
+    Args:
+        y: output of the untouched layer ``[..., O]``.
+        x: its input ``[..., I]``.
+        bias: its bias ``[O]``.
+        selection: which neurons.
+        vectors: trained neurons ``[K, L]``.
+        originals: the same neurons of the untouched layer ``[K, L]``.
+    """
+    # The weight would hold the vectors rounded to its dtype; so does the overlay.
+    vectors = vectors.to(originals.dtype)
+    if selection.axis is Axis.COLUMN:
+        difference = (vectors - originals).to(y.dtype)
+        return y + x.index_select(-1, selection.indices_K).to(y.dtype) @ difference
+    replaced = x.to(y.dtype) @ vectors.to(y.dtype).T
+    if bias is not None:
+        replaced = replaced + bias.index_select(0, selection.indices_K).to(y.dtype)
+    return y.index_copy(-1, selection.indices_K, replaced)

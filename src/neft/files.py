@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -9,12 +10,44 @@ from pathlib import Path
 from typing import Any
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a folder, from the system's cache to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# Files up to this size are hashed whole. Of a larger one (weights) blocks of 4 KiB are, spread evenly:
+# 16 MiB in all, enough to meet every matrix of a model several times.
+_WHOLE_UP_TO = 16 * 2**20
+_NUM_BLOCKS = 4096
+_BLOCK = 4096
+
+
+def file_identity(path: Path) -> str:
+    """``sha256:...`` of the content; ``sampled:...`` of size and sampled blocks above 16 MiB."""
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        if size <= _WHOLE_UP_TO:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        digest = hashlib.sha256(str(size).encode())
+        for block in range(_NUM_BLOCKS):
+            # The first block is the start of the file, the last one its end.
+            offset = block * (size - _BLOCK) // (_NUM_BLOCKS - 1)
+            digest.update(os.pread(file.fileno(), _BLOCK, offset))
+        return f"sampled:{digest.hexdigest()}"
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the permissions that the user's umask gives any new one.
+
+    mkstemp makes files private, and so do writers that rename a file of their own into place.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 @contextmanager
@@ -29,14 +62,11 @@ def replaced_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     part = Path(name)
     try:
-        # mkstemp makes files private; published files follow the user's umask like any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
         yield part
-        _sync(part)
+        follow_umask(part)
+        sync(part)
         part.replace(final)
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         part.unlink(missing_ok=True)
 

@@ -14,8 +14,10 @@ import base64
 import binascii
 import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -101,17 +103,23 @@ class Projection:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Projection:
-        """The inverse of ``to_dict``; raises ``KeyError`` or ``ValueError`` on malformed fields."""
+        """The inverse of ``to_dict``; raises ``KeyError``, ``TypeError`` or ``ValueError``."""
         layer = fields["layer"]
-        return cls(
+        projection = cls(
             name=str(fields["name"]),
-            layer=None if layer is None else int(layer),
+            layer=None if layer is None else operator.index(layer),
             role=str(fields["role"]),
             axis=Axis(fields["axis"]),
-            num_neurons=int(fields["num_neurons"]),
-            vector_length=int(fields["vector_length"]),
+            num_neurons=operator.index(fields["num_neurons"]),
+            vector_length=operator.index(fields["vector_length"]),
             transposed=bool(fields.get("transposed", False)),
         )
+        if projection.num_neurons < 1 or projection.vector_length < 1:
+            raise ValueError(
+                f"{projection.name} has {projection.num_neurons} neurons of length "
+                f"{projection.vector_length}"
+            )
+        return projection
 
 
 def _by_name(projections: Iterable[Projection]) -> dict[str, Projection]:
@@ -128,7 +136,10 @@ def _by_name(projections: Iterable[Projection]) -> dict[str, Projection]:
 
 
 def _checked_indices(projection: Projection, indices: npt.ArrayLike) -> Indices:
-    array = np.asarray(indices)
+    try:
+        array = np.asarray(indices)
+    except ValueError as error:
+        raise NeuronError(f"{projection.name}: neuron indices are no list: {error}.") from error
     if array.size == 0:
         return np.empty(0, dtype=np.int64)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -313,23 +324,21 @@ class NeuronSet:
                 f"{where}: version {fields.get('version')!r} of the neuron set format is unknown to "
                 f"this release, which reads version {FORMAT_VERSION}. Upgrade neft."
             )
-        try:
-            projections = [Projection.from_dict(entry) for entry in fields["projections"]]
-            indices = {
-                projection.name: _from_bitmap(entry["bitmap"], projection)
-                for projection, entry in zip(projections, fields["projections"], strict=True)
-            }
-            for projection, entry in zip(projections, fields["projections"], strict=True):
+        with _faults_named(where, "neuron set"):
+            projections: list[Projection] = []
+            indices: dict[str, Indices] = {}
+            for entry in fields["projections"]:
+                projection = Projection.from_dict(entry)
+                if projection.name in indices:
+                    raise NeuronError(f"{projection.name}: listed twice.")
+                projections.append(projection)
+                indices[projection.name] = _from_bitmap(entry["bitmap"], projection)
                 if indices[projection.name].size != entry["chosen"]:
                     raise NeuronError(
-                        f"{where}: {projection.name}: the bitmap holds "
-                        f"{indices[projection.name].size} neurons, the header says {entry['chosen']}."
+                        f"{projection.name}: the bitmap holds {indices[projection.name].size} neurons, "
+                        f"the header says {entry['chosen']}."
                     )
             return cls(projections, indices, fields["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, NeuronError):
-                raise
-            raise NeuronError(f"{where}: malformed neuron set: {error!r}.") from error
 
     def save(self, path: PathLike) -> None:
         """Write one JSON file, atomically: the header indented, each projection on one line."""
@@ -357,37 +366,56 @@ class NeuronSet:
         """
         where = "selection" if isinstance(source, Mapping) else str(source)
         selection = source if isinstance(source, Mapping) else _read_json_object(source)
-        projections = list(projections)
+        projections = sorted(projections, key=lambda projection: projection.order)
         names = {
-            f"{projection.layer}_{side}": projection.name
-            for projection in projections
-            for role, side in _AUTHORS_SIDES.items()
-            if projection.role == role
+            key: projection.name for projection in projections if (key := _authors_key(projection))
         }
         unknown = sorted(set(selection) - set(names))
         if unknown:
+            keys = list(names)
+            known = f"{keys[0]} to {keys[-1]}" if keys else "none"
             raise NeuronError(
-                f"{where}: {unknown[0]!r} names no up or down projection of this model; keys are "
-                f"'<layer>_in' and '<layer>_out' with layers 0..{len(names) // 2 - 1}."
+                f"{where}: {unknown[0]!r} names no up or down projection of this model ({known})."
             )
-        indices = {names[key]: list(chosen) for key, chosen in selection.items()}
-        return cls(projections, indices, {"method": "imported", "source": where})
+        with _faults_named(where, "selection"):
+            indices = {names[key]: list(chosen) for key, chosen in selection.items()}
+            return cls(projections, indices, {"method": "imported", "source": where})
 
     def to_authors_json(self) -> dict[str, list[int]]:
         """Export as ``{"<layer>_in": [...], "<layer>_out": [...]}``; up and down projections only."""
         exported: dict[str, list[int]] = {}
-        for name, chosen in self.items():
-            projection = self.projections[name]
-            if projection.role not in _AUTHORS_SIDES or projection.layer is None:
+        for name, projection in self.projections.items():
+            if key := _authors_key(projection):
+                exported[key] = self[name].tolist()
+            elif name in self:
                 raise NeuronError(
                     f"{name}: the authors' format holds up and down projections only, "
                     f"this one is {projection.role!r}."
                 )
-            exported[f"{projection.layer}_{_AUTHORS_SIDES[projection.role]}"] = chosen.tolist()
         return exported
 
 
 _AUTHORS_SIDES = {"up": "in", "down": "out"}
+
+
+def _authors_key(projection: Projection) -> str | None:
+    """The research code's name of a projection, if it has one."""
+    if projection.layer is None or projection.role not in _AUTHORS_SIDES:
+        return None
+    return f"{projection.layer}_{_AUTHORS_SIDES[projection.role]}"
+
+
+@contextmanager
+def _faults_named(where: str, kind: str) -> Iterator[None]:
+    """Turn what is wrong with the content of ``where`` into a ``NeuronError`` that names it."""
+    try:
+        yield
+    except NeuronError as error:
+        raise NeuronError(f"{where}: {error}") from error
+    except KeyError as error:
+        raise NeuronError(f"{where}: malformed {kind}: the field {error} is missing.") from error
+    except (TypeError, ValueError) as error:
+        raise NeuronError(f"{where}: malformed {kind}: {error}.") from error
 
 
 def _to_bitmap(indices: Indices, num_neurons: int) -> str:
@@ -446,11 +474,18 @@ class NeuronScores:
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self.projections: dict[str, Projection] = _by_name(projections)
+        if not self.projections:
+            raise NeuronError("There are no projections, so there is nothing to choose from.")
+        if unknown := sorted(set(distances) - set(self.projections)):
+            raise NeuronError(f"{unknown[0]}: has scores, but is not among the projections.")
+        if total_parameters < 1:
+            raise NeuronError(f"total_parameters must be positive, got {total_parameters}.")
         self.distances: dict[str, npt.NDArray[np.float64]] = {}
         for name, projection in self.projections.items():
             if name not in distances:
                 raise NeuronError(f"{name}: has no scores.")
-            values = np.asarray(distances[name], dtype=np.float64)
+            # safetensors writes the memory of an array, whatever its strides.
+            values = np.ascontiguousarray(distances[name], dtype=np.float64)
             if values.shape != (projection.num_neurons,):
                 raise NeuronError(
                     f"{name}: scores of shape {values.shape}, expected ({projection.num_neurons},)."
@@ -498,14 +533,17 @@ class NeuronScores:
         """Choose neurons from one ranking over all layers and projections.
 
         Args:
-            percent: budget in percent of all parameters of the model, above 0: as many neurons as
-                fit. Give this or ``count``.
+            percent: budget in percent of all parameters of the model, above 0 and up to
+                ``max_percent``: as many neurons as fit. Give this or ``count``.
             count: exact number of neurons, 0 to all.
             which: ``lowest`` or ``highest`` cosine, or ``random`` (the control).
-            seed: for ``random`` only.
+            seed: for ``random`` only, in 0..2**32 - 1.
 
         Returns:
             Exactly the budget; ties break by (layer, projection, index).
+
+        Raises:
+            NeuronError: a budget that is none, or that the scored projections cannot hold.
         """
         if (percent is None) == (count is None):
             raise NeuronError("Give a budget by percent or by count, one of the two.")
@@ -513,11 +551,12 @@ class NeuronScores:
             ranking = self._ranking(which, seed)
             count = self._affordable(percent, ranking)
         else:
-            assert count is not None
-            if count < 0 or count > len(self):
+            if not isinstance(count, int | np.integer) or not 0 <= count <= len(self):
                 raise NeuronError(
-                    f"count is {count}; the scored projections hold {len(self)} neurons."
+                    f"count is {count}; it must be a whole number in 0..{len(self)}, which is how many "
+                    "neurons the scored projections hold."
                 )
+            count = int(count)
             ranking = self._ranking(which, seed)
         budget = {"which": which, "percent": percent, "count": count}
         if which == "random":
@@ -527,6 +566,8 @@ class NeuronScores:
     def _ranking(self, which: Which, seed: int) -> Indices:
         """Positions of all neurons in order of choice; positions run in canonical order."""
         if which == "random":
+            if not 0 <= seed < 2**32:
+                raise NeuronError(f"seed is {seed}; it must be in 0..2**32 - 1.")
             # RandomState's stream is frozen by numpy's compatibility policy (NEP 19), so that a seed
             # names the same neurons on every machine; Generator's may change between releases.
             return np.random.RandomState(seed).permutation(len(self)).astype(np.int64)
@@ -542,16 +583,23 @@ class NeuronScores:
             raise NeuronError(f"percent is {percent}; it must be a number above 0.")
         if percent > self.max_percent:
             raise NeuronError(
-                f"percent is {percent:g}, but the scored projections hold only {self.max_percent:.4g}% "
+                f"percent is {percent:g}, but the scored projections hold only {self.max_percent:.12g}% "
                 f"of the model's {self.total_parameters:,} parameters. Lower it, or score more "
                 "projections."
             )
+        if percent == self.max_percent:
+            return len(self)  # whatever its rounding
         # Exact arithmetic: 9% of a round number must not lose a neuron to binary rounding.
         budget = math.floor(Fraction(str(percent)) * self.total_parameters / 100)
         lengths = np.concatenate(
             [np.full(p.num_neurons, p.vector_length) for p in self.projections.values()]
         )
         spent = np.cumsum(lengths[ranking])
+        if budget < spent[0]:
+            raise NeuronError(
+                f"percent is {percent}: that is {budget} of the model's {self.total_parameters:,} "
+                f"parameters, and the first neuron alone has {spent[0]}. Raise it."
+            )
         return int(np.searchsorted(spent, budget, side="right"))
 
     def _chosen(self, positions: Indices, provenance: Mapping[str, Any]) -> NeuronSet:
@@ -568,13 +616,15 @@ class NeuronScores:
         """Write one safetensors file (a float64 tensor a module, and metadata), atomically."""
         from safetensors.numpy import save_file
 
-        metadata = {
-            "format": SCORES_FORMAT,
-            "version": str(FORMAT_VERSION),
-            "total_parameters": str(self.total_parameters),
-            "projections": json.dumps([p.to_dict() for p in self.projections.values()]),
-            "provenance": json.dumps(self.provenance, ensure_ascii=False),
+        header = {
+            "version": FORMAT_VERSION,
+            "total_parameters": self.total_parameters,
+            "projections": [projection.to_dict() for projection in self.projections.values()],
+            "provenance": self.provenance,
         }
+        # safetensors writes several metadata entries in random order; with one, equal scores make
+        # equal files.
+        metadata = {SCORES_FORMAT: json.dumps(header, ensure_ascii=False)}
         with replaced_atomically(path) as part:
             save_file(self.distances, part, metadata)
 
@@ -585,30 +635,24 @@ class NeuronScores:
 
         if not Path(path).is_file():
             raise NeuronError(f"{path}: no such file.")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != SCORES_FORMAT:
-                    raise NeuronError(
-                        f"{path}: not a scores file (format is {metadata.get('format')!r}, "
-                        f"expected {SCORES_FORMAT!r})."
-                    )
-                if metadata.get("version") != str(FORMAT_VERSION):
-                    raise NeuronError(
-                        f"{path}: version {metadata.get('version')!r} of the scores format is unknown "
-                        f"to this release, which reads version {FORMAT_VERSION}. Upgrade neft."
-                    )
-                projections = [
-                    Projection.from_dict(entry) for entry in json.loads(metadata["projections"])
-                ]
-                distances = {p.name: file.get_tensor(p.name) for p in projections}
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, NeuronError):
-                raise
-            raise NeuronError(f"{path}: not a readable scores file: {error}.") from error
-        return cls(
-            projections,
-            distances,
-            int(metadata["total_parameters"]),
-            json.loads(metadata["provenance"]),
+        with _faults_named(str(path), "scores file"):
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    header = _scores_header(file.metadata() or {})
+                    projections = [Projection.from_dict(entry) for entry in header["projections"]]
+                    distances = {p.name: file.get_tensor(p.name) for p in projections}
+            except (SafetensorError, OSError) as error:
+                raise NeuronError(f"not a readable scores file: {error}.") from error
+            return cls(projections, distances, header["total_parameters"], header["provenance"])
+
+
+def _scores_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    if SCORES_FORMAT not in metadata:
+        raise NeuronError(f"not a scores file (its metadata has no {SCORES_FORMAT!r}).")
+    header: dict[str, Any] = json.loads(metadata[SCORES_FORMAT])
+    if header["version"] != FORMAT_VERSION:
+        raise NeuronError(
+            f"version {header['version']!r} of the scores format is unknown to this release, which "
+            f"reads version {FORMAT_VERSION}. Upgrade neft."
         )
+    return header

@@ -7,17 +7,40 @@ with its path in the file. Sections are plain frozen models that the rooms take 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from neft.errors import RecipeError
 
-Count: TypeAlias = Annotated[int, Field(gt=0)]
-Rate: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+def _no_boolean(value: object) -> object:
+    # YAML reads yes and on as true, which Python counts as 1.
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+_Number = BeforeValidator(_no_boolean)
+Count: TypeAlias = Annotated[int, Field(gt=0), _Number]
+CountOrZero: TypeAlias = Annotated[int, Field(ge=0), _Number]
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32), _Number]
+Rate: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
+RateOrZero: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
+Percent: TypeAlias = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False), _Number]
 Task: TypeAlias = Literal["translation", "summarization", "classification", "prompt", "chat"]
 
 
@@ -56,7 +79,33 @@ class HubData(_Section):
     revision: str | None = None
 
 
-DataSource: TypeAlias = str | ParallelFiles | HubData
+# In brackets, so that a fault's path in the file can leave them out.
+_FILE, _PARALLEL, _HUB = _SOURCE_KINDS = ("(file)", "(parallel files)", "(Hub data set)")
+
+
+def _source_kind(value: object) -> str | None:
+    keys: Collection[object] = value if isinstance(value, dict) else ()
+    if isinstance(value, str):
+        return _FILE
+    if isinstance(value, ParallelFiles) or "source" in keys or "target" in keys:
+        return _PARALLEL
+    if isinstance(value, HubData) or "id" in keys:
+        return _HUB
+    return None
+
+
+DataSource: TypeAlias = Annotated[
+    Annotated[str, Tag(_FILE)]
+    | Annotated[ParallelFiles, Tag(_PARALLEL)]
+    | Annotated[HubData, Tag(_HUB)],
+    Discriminator(
+        _source_kind,
+        custom_error_type="data_source",
+        custom_error_message=(
+            "should be a file, {source, target} of two text files, or {id, split} on the Hub"
+        ),
+    ),
+]
 """A JSONL, CSV, TSV or Parquet file; two parallel text files; or a Hub data set."""
 
 
@@ -122,9 +171,9 @@ class TrainingSection(_Section):
     """Examples a device and step."""
     gradient_accumulation: Count = 1
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    warmup_steps: CountOrZero = 10
     """Steps over which the learning rate rises from 0."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: RateOrZero = 0.0
     max_grad_norm: Rate = 1.0
     gradient_checkpointing: bool = False
     evaluate_every: Count = 50
@@ -156,11 +205,11 @@ class ScoreSection(_Section):
 class SelectSection(_Section):
     """Which neurons are trained (Algorithm 1, step 3)."""
 
-    percent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    percent: Percent | None = None
     """Budget in percent of all parameters of the model; give this or ``count``."""
     count: Count | None = None
     which: Literal["lowest", "highest", "random"] = "lowest"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """For ``which: random``."""
 
     @model_validator(mode="after")
@@ -182,7 +231,7 @@ class EvaluateSection(_Section):
     batch_size: Count = 32
     max_new_tokens: Count = 128
     num_beams: Count = 1
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
+    no_repeat_ngram_size: CountOrZero = 0
     """The paper decodes greedily with 4."""
     lowercase: bool = False
     """Compare lower-cased texts (the paper does, into French)."""
@@ -193,7 +242,7 @@ class Recipe(_Section):
 
     output: str
     """Folder of the run, one sub-folder a stage."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     model: ModelSection
     data: DataSection
     warmup: WarmupSection | None = None
@@ -238,17 +287,26 @@ def parse_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        faults = [_fault(fault["loc"], fault["msg"], fault["input"]) for fault in error.errors()]
+        faults = [_fault_line(fault) for fault in error.errors()]
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise RecipeError(f"{where}: {count}:\n" + "\n".join(faults)) from error
 
 
-def _fault(location: tuple[int | str, ...], message: str, value: Any) -> str:
-    place = ".".join(str(part) for part in location) or "recipe"
-    shown = "" if isinstance(value, dict) else f" (found {value!r})"
-    if message == "Extra inputs are not permitted":
-        message = "unknown key"
-    return f"  {place}: {message.removeprefix('Value error, ')}{shown}"
+# Where pydantic speaks of Python, not of recipes.
+_MESSAGES = {
+    "dict_type": "should be a mapping",
+    "extra_forbidden": "unknown key",
+    "missing": "is missing",
+    "model_type": "should be a section",
+    "tuple_type": "should be a list",
+}
+
+
+def _fault_line(fault: ErrorDetails) -> str:
+    place = ".".join(str(part) for part in fault["loc"] if part not in _SOURCE_KINDS) or "recipe"
+    message = _MESSAGES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    value = fault["input"]
+    return f"  {place}: {message}" + ("" if isinstance(value, dict) else f" (found {value!r})")
 
 
 def _apply_override(fields: dict[str, Any], override: str) -> None:

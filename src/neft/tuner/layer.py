@@ -3,7 +3,7 @@
 The layer *writes through*: it puts the trained vectors into the frozen base weight and runs the base
 layer itself, so a forward pass costs what the base costs. The base weight is shared by all adapters
 and by the untouched model, so the layer keeps a record of whose vectors are *resident* in it, and the
-original values of every adapter's neurons to put back.
+original values that they displaced, to put back.
 """
 
 from __future__ import annotations
@@ -18,17 +18,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from neft.errors import ArchitectureError, NeuronError
-from neft.neurons import Indices, Projection
+from neft.errors import ArchitectureError, NeuronError, UsageError
+from neft.neurons import Axis, Indices, Projection
 from neft.tuner.functional import ResidentLayer, Selection, overlay, write_through
 
 
-class MasterVectors(nn.ParameterDict):
-    """Trained vectors by adapter name, kept in at least the precision they were made with.
+class MasterVectors(nn.Module):
+    """The trained vectors of one adapter, kept in at least the precision they were made with.
 
     ``model.half()`` or ``.to(torch.bfloat16)`` would round them, and updates below half a unit in the
     last place would be lost from then on; such casts move them but leave their dtype.
+
+    Args:
+        vectors: initial values ``[K, L]``.
     """
+
+    # A module, and its parameter is called weight, because trainers look for ".<adapter>." in parameter
+    # names (TRL does to copy a trained adapter into DPO's reference).
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(vectors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MasterVectors:
         def without_narrowing(tensor: Tensor) -> Tensor:
@@ -40,9 +49,35 @@ class MasterVectors(nn.ParameterDict):
         super()._apply(without_narrowing, recurse)
         return self
 
+    def extra_repr(self) -> str:
+        count, length = self.weight.shape
+        return f"{count} neurons of length {length}, {self.weight.dtype}"
+
+
+class NeuronIndices(BufferDict):
+    """Indices of the chosen neurons by adapter name; they come from the configuration, not a checkpoint.
+
+    ``to_empty()`` and the meta device would lose them for good, so they only ever move between real
+    devices.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeuronIndices:
+        for name, indices in self.items():
+            device = fn(indices).device
+            self[name] = indices if device.type == "meta" else indices.to(device)
+        return self
+
 
 class NeftLinear(nn.Module, BaseTunerLayer):
     """Wraps ``nn.Linear`` or ``Conv1D``; see the module's docstring.
+
+    The base weight read directly (``base_layer.weight``) is what the last forward pass used; through
+    ``state_dict()`` it is always the original one. In evaluation the vectors are written once and again
+    whenever their version counter or the mode (``train()``, ``eval()``) changes. A write to
+    ``vectors.data`` changes neither: call ``model.eval()`` after one, if no training step comes between.
 
     Args:
         base_layer: the frozen layer.
@@ -53,26 +88,27 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("neft_vectors",)
-    other_param_names = ("neft_indices", "neft_originals", "neft_projections")
+    other_param_names = ("neft_indices", "neft_projections")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
         _check_supported(base_layer, name)
         self.base_layer = base_layer
         self.name = name
-        self.neft_vectors: Any = MasterVectors()
-        self.neft_indices: Any = BufferDict(persistent=False)
-        self.neft_originals: Any = BufferDict(persistent=False)
+        self.in_features, self.out_features = _features(self._base)
+        self.neft_vectors = nn.ModuleDict()
+        self.neft_indices = NeuronIndices()
         self.neft_projections: dict[str, Projection] = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
-        # Adapters whose vectors the base weight holds now, and a stamp of their values at that time.
-        self._resident: tuple[str, ...] = ()
+        # Adapters whose vectors the base weight holds now, with the original values in their places. Read
+        # when the vectors move in, not when the adapter is made: until then, weights may be loaded.
+        self._resident: dict[str, Tensor] = {}
+        # What the resident vectors were when they were written.
         self._stamp: object = None
         self.register_state_dict_pre_hook(_restore_before_saving)
         self.register_load_state_dict_pre_hook(_restore_before_loading)
-        self.register_load_state_dict_post_hook(_read_originals_after_loading)
 
     @property
     def _base(self) -> nn.Linear | Conv1D:
@@ -82,24 +118,28 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, projection: Projection, indices: Indices) -> None:
         """Add an adapter whose vectors start as the base layer's own."""
-        self._restore()
-        weight = self._base.weight
+        weight = self._original_weight()
         if tuple(weight.shape) != projection.weight_shape:
             raise NeuronError(
                 f"{self.name}: the weight has shape {tuple(weight.shape)}, but the neurons were chosen "
                 f"in one of {projection.weight_shape}. They were made for another model."
             )
         self.neft_projections[adapter_name] = projection
-        self.neft_indices[adapter_name] = torch.from_numpy(indices).to(weight.device)
-        originals = self._selection(adapter_name).read(weight.detach())
-        self.neft_originals[adapter_name] = originals
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        self.neft_indices[adapter_name] = torch.from_numpy(indices).to(device)
+        originals = self._selection(adapter_name).read(weight)
         # 16-bit updates below half a unit in the last place would be lost: at least float32.
         master_dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.neft_vectors[adapter_name] = nn.Parameter(originals.to(master_dtype, copy=True))
+        self.neft_vectors[adapter_name] = MasterVectors(originals.to(master_dtype, copy=True))
 
     def _selection(self, adapter_name: str) -> Selection:
         projection = self.neft_projections[adapter_name]
         return Selection(projection.axis, projection.neuron_dim, self.neft_indices[adapter_name])
+
+    def _vectors(self, adapter_name: str) -> Tensor:
+        vectors = self.neft_vectors[adapter_name].weight
+        assert isinstance(vectors, Tensor)
+        return vectors
 
     def _active(self) -> tuple[str, ...]:
         """Names of the adapters that take part in a forward pass now."""
@@ -126,35 +166,50 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             names: adapters.
             reuse: trust the stamp, which does not see writes to ``vectors.data``.
         """
-        if names != self._resident:
+        if names != tuple(self._resident):
             self._restore()
         weight: Tensor = self._base.weight
         if not names:
             return weight
-        stamp = None
-        if reuse:
-            vectors = [self.neft_vectors[name] for name in names]
-            stamp = (weight.data_ptr(), [(v.data_ptr(), v._version) for v in vectors])
-            if stamp == self._stamp:
-                return weight
-        if len(names) > 1 and names != self._resident:
+        stamp = self._stamp_of(names) if reuse else None
+        if stamp is not None and stamp == self._stamp:
+            return weight
+        if not self._resident:
             self._check_disjoint(names)
-        # Recorded before the first write, so that an interrupted one is still put back.
-        self._resident = names
+            # Recorded before the first write, so that an interrupted one is still put back.
+            self._resident = {name: self._selection(name).read(weight) for name in names}
         self._stamp = None
         for name in names:
-            self._selection(name).write(weight, self.neft_vectors[name])
+            self._selection(name).write(weight, self._vectors(name))
         self._stamp = stamp
         return weight
+
+    def _stamp_of(self, names: tuple[str, ...]) -> object:
+        """Changes with the vectors and with the weight they are in; None if that cannot be told."""
+        vectors = [self._vectors(name) for name in names]
+        if any(vector.is_inference() for vector in vectors):
+            return None
+        return self._base.weight.data_ptr(), [(v.data_ptr(), v._version) for v in vectors]
 
     @torch.no_grad()
     def _restore(self) -> None:
         """Put the original values back."""
-        weight = self._base.weight
-        for name in self._resident:
-            self._selection(name).write(weight, self.neft_originals[name])
-        self._resident = ()
+        self._put_back(self._base.weight)
+        self._resident = {}
         self._stamp = None
+
+    def _put_back(self, weight: Tensor) -> None:
+        for name, originals in self._resident.items():
+            self._selection(name).write(weight, originals)
+
+    @torch.no_grad()
+    def _original_weight(self) -> Tensor:
+        """The base weight without vectors; a copy if it holds some."""
+        weight: Tensor = self._base.weight.detach()
+        if self._resident:
+            weight = weight.clone()
+            self._put_back(weight)
+        return weight
 
     def _run(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
@@ -166,41 +221,29 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                 return self._run(x)
             self.unmerge()
         names = self._active()
-        if torch.compiler.is_compiling() or self._base.weight.is_meta:
+        if torch.is_grad_enabled():
+            self._check_trainable(names)
+        if self._unwritable():
             return self._forward_overlay(x, names)
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
         self._load(names, reuse=True)
         return self._run(x)
 
-    def _forward_training(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        base_layer = self._base
-        if base_layer.weight.requires_grad:
-            raise RuntimeError(
+    def _unwritable(self) -> bool:
+        """The base weight must be left alone: it is offloaded, or part of a graph being compiled."""
+        return torch.compiler.is_compiling() or self._base.weight.is_meta
+
+    def _check_trainable(self, names: tuple[str, ...]) -> None:
+        if self._base.weight.requires_grad:
+            raise UsageError(
                 f"{self.name}: the base weight requires a gradient, but NeFT trains chosen neurons "
                 "of a frozen weight. Set requires_grad of the base weight to False, or train the "
                 "whole layer by modules_to_save instead."
             )
-        self._widen(names)
-        # An optimizer step may follow that writes to the vectors behind their version counter.
-        self._stamp = None
-        return write_through(
-            x,
-            base_layer.bias,
-            ResidentLayer(
-                load=lambda: self._load(names),
-                run=self._run,
-                transposed=isinstance(base_layer, Conv1D),
-            ),
-            [self._selection(name) for name in names],
-            [self.neft_vectors[name] for name in names],
-        )
-
-    def _widen(self, names: tuple[str, ...]) -> None:
-        """Undo a cast of the trained vectors to 16 bits that happened behind the layer's back."""
         for name in names:
-            vectors = self.neft_vectors[name]
-            if torch.finfo(vectors.dtype).bits < 32:
+            vectors = self._vectors(name)
+            if vectors.dtype in (torch.float16, torch.bfloat16):
                 warnings.warn(
                     f"{self.name}: something cast the trained vectors of adapter {name!r} to "
                     f"{vectors.dtype}, which rounded them once and would lose small updates; they are "
@@ -209,27 +252,57 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                 )
                 vectors.data = vectors.data.float()
 
+    def _forward_training(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        base_layer = self._base
+        # An optimizer step may follow that writes to the vectors behind their version counter.
+        self._stamp = None
+
+        def load() -> Tensor:
+            if self.merged:
+                raise UsageError(
+                    f"{self.name}: adapters {self.merged_adapters} were merged between a forward pass "
+                    "and its backward pass. Merge after the backward pass."
+                )
+            return self._load(names)
+
+        return write_through(
+            x,
+            base_layer.bias,
+            ResidentLayer(load, self._run, transposed=isinstance(base_layer, Conv1D)),
+            [self._selection(name) for name in names],
+            [self._vectors(name) for name in names],
+        )
+
     def _forward_overlay(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        """Leaves the base weight alone: it cannot be written, or is part of a compiled graph."""
         if self._resident:
-            _restore_eagerly(self)
-        y = self._run(x)
+            self._restore()
         self._check_disjoint(names)
-        for name in names:
-            vectors = self.neft_vectors[name]
+        base_layer = self._base
+        selections = [self._selection(name) for name in names]
+        silenced = x
+        for selection in selections:
+            if selection.axis is Axis.COLUMN:
+                # What the originals would write; they cannot be read from an offloaded weight.
+                silenced = silenced.index_fill(-1, selection.indices_K, 0)
+        y = self._run(silenced)
+        for name, selection in zip(names, selections, strict=True):
+            vectors = self._vectors(name)
             if vectors.is_meta:
-                raise RuntimeError(
+                raise UsageError(
                     f"{self.name}: the trained vectors are offloaded to the meta device. Dispatch the "
                     "base model first and add the adapter afterwards; the vectors then stay in memory."
                 )
-            y = overlay(
-                y,
-                x,
-                self._base.bias,
-                self._selection(name),
-                vectors,
-                self.neft_originals[name],
-            )
+            if (
+                base_layer.bias is not None
+                and base_layer.bias.is_meta
+                and selection.axis is Axis.ROW
+            ):
+                raise UsageError(
+                    f"{self.name}: the bias of trained rows is offloaded to the meta device, where it "
+                    "cannot be read. Keep this module in memory by the device map."
+                )
+            originals = torch.zeros((), dtype=base_layer.weight.dtype, device=vectors.device)
+            y = overlay(y, x, base_layer.bias, selection, vectors, originals)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -249,10 +322,10 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         together = (*self.merged_adapters, *names)
         self._check_disjoint(together)
         for name in names if safe_merge else ():
-            if not torch.isfinite(self.neft_vectors[name]).all():
-                raise ValueError(
-                    f"{self.name}: NaN or infinite values in the vectors of adapter {name!r}; "
-                    "nothing was merged into this layer."
+            if not torch.isfinite(self._vectors(name)).all():
+                raise NeuronError(
+                    f"{self.name}: NaNs detected in the merged weights. The adapter {name} seems to be "
+                    "broken: some of its vectors hold NaN or infinite values. This layer was not merged."
                 )
         self._load(together)
         self.merged_adapters.extend(names)
@@ -271,7 +344,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         """The base layer, with the vectors in its weight or with its original values."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        elif not self.merged:
+        if not self.merged:
             self._restore()
         return self._base
 
@@ -284,17 +357,23 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The weight that a forward pass would use now (some models read it directly)."""
-        weight: Tensor = self._base.weight if self.merged else self._load(self._active())
-        return weight
+        if self.merged or self._unwritable():
+            weight: Tensor = self._base.weight
+            return weight
+        return self._load(self._active())
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds to the base weight, as a dense ``[O, I]`` tensor."""
-        projection = self.neft_projections[adapter_name]
-        vectors = self.neft_vectors[adapter_name]
-        delta: Tensor = vectors.new_zeros(projection.weight_shape)
-        difference = vectors - self.neft_originals[adapter_name].to(vectors.dtype)
-        self._selection(adapter_name).write(delta, difference)
-        return delta.T if projection.transposed else delta
+        """What the adapter adds to the base weight, as a dense tensor of the stored weight's shape."""
+        originals = self._original_weight()
+        delta = torch.zeros_like(
+            originals, dtype=torch.promote_types(originals.dtype, torch.float32)
+        )
+        if adapter_name in self.neft_vectors:
+            vectors = self._vectors(adapter_name)
+            selection = self._selection(adapter_name)
+            selection.write(delta, vectors - selection.read(originals))
+        return delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -306,11 +385,22 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # Moved as tensors of their own dtypes: PEFT's version would cast the vectors to the base's.
+        # Moved as tensors of their own dtypes: PEFT's version would cast the vectors to the base's. An
+        # offloaded base leaves them where they are.
         target = device or self._base.weight.device
-        for entries in (self.neft_indices, self.neft_originals, self.neft_vectors):
-            if adapter_name in entries and not entries[adapter_name].is_meta:
-                entries[adapter_name] = entries[adapter_name].to(target)
+        if adapter_name not in self.neft_vectors:
+            return
+        if "meta" in (target.type, self._vectors(adapter_name).device.type):
+            return
+        self.neft_vectors[adapter_name].to(target)
+        self.neft_indices[adapter_name] = self.neft_indices[adapter_name].to(target)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeftLinear:
+        # What moves or casts the weight does the same to what is to be put back into it.
+        self._resident = {name: fn(originals) for name, originals in self._resident.items()}
+        self._stamp = None
+        super()._apply(fn, recurse)
+        return self
 
     def __repr__(self) -> str:
         return "neft." + super().__repr__()
@@ -329,13 +419,15 @@ def _check_supported(layer: nn.Module, name: str) -> None:
         )
 
 
+def _features(layer: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Number of input and output features."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features
+
+
 def _intersect(left: Tensor, right: Tensor) -> bool:
     return bool(torch.isin(left, right).any())
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _restore_eagerly(layer: NeftLinear) -> None:
-    layer._restore()
 
 
 def _restore_before_saving(layer: NeftLinear, _prefix: str, _keep_vars: bool) -> None:
@@ -347,15 +439,6 @@ def _restore_before_saving(layer: NeftLinear, _prefix: str, _keep_vars: bool) ->
 def _restore_before_loading(layer: NeftLinear, *_: Any) -> None:
     if not layer.merged:
         layer._restore()
-
-
-def _read_originals_after_loading(layer: NeftLinear, _incompatible: Any) -> None:
-    # Base weights may have been loaded; what is to be put back is what they are now.
-    weight = layer._base.weight
-    if layer.merged or weight.is_meta:
-        return
-    for name in layer.neft_originals:
-        layer.neft_originals[name] = layer._selection(name).read(weight.detach())
 
 
 def neft_layers(model: nn.Module) -> Iterator[tuple[str, NeftLinear]]:

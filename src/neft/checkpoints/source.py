@@ -1,0 +1,97 @@
+"""What every source of weights can tell."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that need not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As torch calls it: ``float32``, ``bfloat16``, ..."""
+
+
+class WeightSource(ABC):
+    """The weights of one model, read one tensor at a time."""
+
+    label: str
+    """For provenance and messages: the folder or Hub id as it was given, or the class of a module."""
+    tensors: Mapping[str, TensorInfo]
+    """Every tensor by name; knowing them takes no reading of weights."""
+    config_path: Path | None
+    """The model's ``config.json``, where there is one."""
+    network: nn.Module
+    """The model's modules, for names and shapes: weights may be without data. Where it is built from
+    ``config_path``, errors in that come up here."""
+
+    @abstractmethod
+    def _read(self, name: str) -> Tensor: ...
+
+    def read(self, name: str) -> Tensor:
+        """Tensor ``name``, on the CPU, in the dtype in which it is stored.
+
+        Treat it as read-only, and let go of it before the next: it may be the file itself, mapped into
+        memory, or the weight of a live module.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it cannot be read.
+        """
+        if name not in self.tensors:
+            raise self._missing(name)
+        return self._read(name)
+
+    def weight_name(self, module: str) -> str:
+        """Name of the weight of module ``module`` (as in ``model.named_modules()``).
+
+        Checkpoints of a base model lack the prefix that its modules have inside a model with a head
+        (GPT-2: ``h.0.mlp.c_fc`` for ``transformer.h.0.mlp.c_fc``), or the other way round; such a name is
+        found where only one fits.
+
+        Raises:
+            CheckpointError: there is no such tensor, or more than one could be meant.
+        """
+        wanted = f"{module}.weight"
+        if wanted in self.tensors:
+            return wanted
+        fitting = [
+            name
+            for name in self.tensors
+            if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")
+        ]
+        if len(fitting) > 1:
+            raise CheckpointError(
+                f"{self.label}: has no tensor {wanted}, and several that end alike: "
+                f"{', '.join(sorted(fitting))}."
+            )
+        if not fitting:
+            raise self._missing(wanted)
+        return fitting[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the whole model; tied weights count once.
+
+        Raises:
+            CheckpointError: nothing says what the model is.
+        """
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def _missing(self, name: str) -> CheckpointError:
+        near = difflib.get_close_matches(name, self.tensors, n=3)
+        hint = f"Near it: {', '.join(near)}." if near else f"It has {len(self.tensors)} others."
+        return CheckpointError(
+            f"{self.label}: has no tensor {name}. {hint} Is it a checkpoint of the same model?"
+        )

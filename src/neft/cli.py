@@ -1,0 +1,293 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec
+
+import typer
+
+from neft.errors import NeftError
+
+app = typer.Typer(
+    name="neft",
+    help="Neuron-level fine-tuning of language models: find the neurons that a task moves, and train "
+    "only those.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 wrong use or recipe, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_log = logging.getLogger("neft")
+
+Given = ParamSpec("Given")
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe; repeatable."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what another recipe left in the output folder.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)
+]
+
+
+def main() -> None:
+    """The entry point of the command ``neft``."""
+    arguments = sys.argv[1:]
+    if "--debug" in arguments:
+        # It belongs to neft and not to a command, but is wanted at the end of a line that failed.
+        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    app(arguments, prog_name="neft")
+
+
+def _command(function: Callable[Given, None]) -> Callable[Given, None]:
+    """A command whose errors become one message and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # whoever read our output has seen enough; typer ends quietly
+        except (Exception, KeyboardInterrupt) as error:
+            raise typer.Exit(_reported(error)) from error
+
+    return app.command()(guarded)
+
+
+def _reported(error: BaseException) -> int:
+    """Tell about an error; returns the exit code."""
+    from neft.console import complain
+
+    if _log.isEnabledFor(logging.DEBUG):
+        traceback.print_exception(error)
+    match error:
+        case typer.Exit():
+            return error.exit_code
+        case KeyboardInterrupt():
+            complain("interrupted. The same command goes on where it stopped.")
+            return 130
+        case NeftError():
+            complain(str(error))
+            return error.exit_code
+        case _:
+            complain(
+                f"{type(error).__name__}: {error}\n"
+                "Nobody foresaw this error. Run the command again with --debug to see where it arises."
+            )
+            return 1
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from neft import __version__
+
+        typer.echo(f"neft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _configure(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and the warnings of libraries.")
+    ] = False,
+    version: Annotated[  # noqa: ARG001  (its callback does it)
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    _log.handlers = [handler]
+    _log.setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        # What one library tells the authors of another is no business of a user's.
+        warnings.simplefilter("ignore", FutureWarning)
+
+
+@_command
+def run(recipe: RecipeFile, settings: Settings = None, overwrite: Overwrite = False) -> None:
+    """Find neurons, train them and evaluate: all that a recipe says.
+
+    What is done already is skipped; a run that was interrupted goes on where it stopped.
+    """
+    from neft.console import say, show_results
+    from neft.pipeline import run
+    from neft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings or ())
+    show_results(run.run(loaded, overwrite=overwrite, say=say), Path(loaded.output))
+
+
+@_command
+def status(
+    run: Annotated[Path, typer.Argument(help="The output folder of a run.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a run has got."""
+    from neft.console import show_status
+    from neft.pipeline.status import read_status
+
+    stages = read_status(run)
+    if as_json:
+        _print_json([asdict(stage) for stage in stages])
+    else:
+        show_status(stages)
+
+
+@_command
+def score(
+    before: Annotated[
+        str, typer.Argument(help="The original checkpoint: a folder or Hub id.", show_default=False)
+    ],
+    after: Annotated[str, typer.Argument(help="The same after fine-tuning.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("scores.safetensors"),
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A role (up, gate, down, q, k, v, o), module name or pattern; repeatable. "
+            "[default: up, down]"
+        ),
+    ] = None,
+) -> None:
+    """Measure how far each neuron moved between two checkpoints."""
+    from neft.console import show_info
+    from neft.pipeline.info import describe_scores
+    from neft.scoring import score_neurons
+
+    scores = score_neurons(before, after, modules=modules)
+    scores.save(output)
+    show_info({"written": str(output)} | describe_scores(scores))
+
+
+@_command
+def select(
+    scores: Annotated[Path, typer.Argument(help="What neft score wrote.", show_default=False)],
+    percent: Annotated[
+        float | None, typer.Option(help="Budget in percent of all parameters of the model.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Budget in neurons.")] = None,
+    which: Annotated[
+        Literal["lowest", "highest", "random"],
+        typer.Option(help="By cosine; lowest are those that moved most."),
+    ] = "lowest",
+    seed: Annotated[int, typer.Option(help="For random.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("neurons.json"),
+) -> None:
+    """Choose neurons by their scores."""
+    from neft.console import show_info
+    from neft.neurons import NeuronScores
+    from neft.pipeline.info import describe_neurons
+
+    neurons = NeuronScores.load(scores).select(percent=percent, count=count, which=which, seed=seed)
+    neurons.save(output)
+    show_info({"written": str(output)} | describe_neurons(neurons))
+
+
+@_command
+def train(
+    recipe: RecipeFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.", show_default=False)],
+    neurons: Annotated[
+        Path | None, typer.Option(help="What neft select wrote; for methods that need neurons.")
+    ] = None,
+    settings: Settings = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train with given neurons: the data, model and train sections of a recipe."""
+    from neft.console import say
+    from neft.pipeline import run
+    from neft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings or ())
+    run.train(loaded, neurons, output, overwrite=overwrite, say=say)
+    typer.echo(output)
+
+
+@_command
+def evaluate(
+    recipe: RecipeFile,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="A folder, for predictions and scores.", show_default=False
+        ),
+    ],
+    adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Another model than the recipe's, e.g. a merged one.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Another test file than the recipe's.")] = None,
+    settings: Settings = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Generate on the test split of a recipe, and score that."""
+    from neft.console import say, show_evaluation
+    from neft.pipeline import run
+    from neft.recipe import load_recipe
+
+    replaced = {"model.path": model, "data.test": data}
+    given = [f"{key}={json.dumps(value)}" for key, value in replaced.items() if value is not None]
+    loaded = load_recipe(recipe, [*(settings or ()), *given])
+    evaluation = run.evaluate(loaded, adapter, output, overwrite=overwrite, say=say)
+    if as_json:
+        _print_json(asdict(evaluation))
+    else:
+        show_evaluation(evaluation, output)
+
+
+@_command
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="The base model. [default: the one the adapter names]")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the merged weights; auto is the base's own."),
+    ] = "auto",
+) -> None:
+    """Write adapter and base model as one plain checkpoint."""
+    from neft.pipeline.adapter import merge_adapter
+
+    merge_adapter(adapter, output, base, dtype)
+    typer.echo(output)
+
+
+@_command
+def info(
+    path: Annotated[
+        Path,
+        typer.Argument(help="An adapter folder, a neuron set or scores.", show_default=False),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in an adapter, a neuron set or scores."""
+    from neft.console import show_info
+    from neft.pipeline.info import describe
+
+    described = describe(path)
+    if as_json:
+        _print_json(described)
+    else:
+        show_info({"path": str(path)} | described)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

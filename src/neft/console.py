@@ -1,0 +1,174 @@
+"""How things are shown: results as tables on stdout, what happens as lines on stderr.
+
+Texts come from users and models, so none of them is read as markup; without a terminal there are
+neither colours nor progress bars.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from neft.pipeline.evaluate import PREDICTIONS, Evaluation
+from neft.pipeline.results import Results
+from neft.pipeline.run import duration
+from neft.pipeline.status import StageStatus
+
+# Wide enough for a signature or a path; a terminal has its own width.
+_WIDTH_OF_FILES = 120
+
+
+def _stdout() -> Console:
+    width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def say(line: str) -> None:
+    """One line on stderr: what happens."""
+    Console(stderr=True, highlight=False, markup=False, emoji=False).print(line, soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """An error on stderr."""
+    text = Text.assemble(("error: ", "bold red"), message)
+    Console(stderr=True, highlight=False, emoji=False).print(text, soft_wrap=True)
+
+
+def show_results(results: Results, run: Path) -> None:
+    """The table of a run, three samples, and where the adapter is."""
+    console = _stdout()
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{results.num_examples} test examples", title_justify="left"
+    )
+    table.add_column("")
+    table.add_column("base", justify="right")
+    table.add_column(
+        _METHOD_TITLES.get(results.method, results.method), justify="right", style="bold"
+    )
+    for metric, score in results.trained.items():
+        table.add_row(metric, f"{results.base[metric].score:.1f}", f"{score.score:.1f}")
+    table.add_section()
+    table.add_row(
+        "trained parameters",
+        "-",
+        f"{results.num_trainable:,} ({results.percent_trainable:.2f}%)",
+    )
+    table.add_row(
+        "development loss", "-", f"{results.best_dev_loss:.4f} (step {results.best_step})"
+    )
+    table.add_row("steps", "-", f"{results.num_steps} x {results.seconds_per_step:.2f} s")
+    table.add_row("size on disk", "-", f"{results.artifact_megabytes:.1f} MB")
+    console.print(table)
+    for metric, score in results.trained.items():
+        console.print(f"{metric}: {score.signature}", soft_wrap=True)
+    for sample in results.samples:
+        console.print()
+        console.print(
+            _fields(
+                {
+                    "prompt": sample.prompt,
+                    "reference": sample.reference,
+                    "before": sample.base,
+                    "after": sample.trained,
+                }
+            )
+        )
+    console.print()
+    console.print(f"{Path(results.artifact).name}: {run / results.artifact}", soft_wrap=True)
+
+
+_METHOD_TITLES = {"neft": "NeFT", "full": "full fine-tuning"}
+
+
+def show_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """The scores of one model, and where its predictions are."""
+    console = _stdout()
+    for metric, score in evaluation.scores.items():
+        console.print(f"{metric} {score.score:.1f}  ({score.signature})", soft_wrap=True)
+    console.print(
+        f"{evaluation.num_examples} test examples; predictions: {folder / PREDICTIONS}",
+        soft_wrap=True,
+    )
+
+
+def show_status(stages: Sequence[StageStatus]) -> None:
+    """One row a stage."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("stage", "state", "time", "size", "finished (UTC)"):
+        table.add_column(title, justify="right" if title in ("time", "size") else "left")
+    for stage in stages:
+        table.add_row(
+            stage.stage,
+            Text(stage.state, style=_STATE_STYLES[stage.state]),
+            "-" if stage.seconds is None else duration(stage.seconds),
+            size(stage.num_bytes) if stage.num_bytes else "-",
+            (stage.finished or "-").removesuffix("+00:00").replace("T", " "),
+        )
+    _stdout().print(table)
+
+
+_STATE_STYLES = {
+    "done": "green",
+    "running": "bold cyan",
+    "partial": "yellow",
+    "damaged": "bold red",
+    "stale": "yellow",
+    "missing": "dim",
+}
+
+
+def show_info(info: Mapping[str, Any]) -> None:
+    """Plain values as lines, mappings indented, lists of mappings as tables."""
+    console = _stdout()
+    for key, value in info.items():
+        _show_field(console, key, value, indent="")
+
+
+def _show_field(console: Console, key: str, value: Any, indent: str) -> None:
+    label = key.replace("_", " ")
+    if isinstance(value, Mapping):
+        console.print(f"{indent}{label}:", soft_wrap=True)
+        for inner_key, inner in value.items():
+            _show_field(console, inner_key, inner, f"{indent}  ")
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        console.print(_table(label, value))
+    else:
+        shown = f"{value:,}" if isinstance(value, int) and key.startswith("num_") else value
+        console.print(f"{indent}{label}: {shown}", soft_wrap=True)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        table.add_row(*cells)
+    return table
+
+
+def _fields(fields: Mapping[str, str]) -> Table:
+    """Names on the left, texts on the right, wrapped in their column."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, text in fields.items():
+        table.add_row(name, Text(text))
+    return table
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

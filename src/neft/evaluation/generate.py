@@ -1,0 +1,125 @@
+"""Batched generation that does not depend on the order of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+
+from neft.errors import DataError
+from neft.recipe import EvaluateSection
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    options: EvaluateSection,
+    progress: bool = True,
+) -> list[str]:
+    """Continue every prompt, greedily or by beam search.
+
+    Prompts are batched by length, the longest first: little padding, and a batch that does not fit in
+    memory fails at once. Batches depend on the set of prompts alone, not on their order, and every
+    token that padding adds is masked; what remains of a batch's influence is rounding.
+
+    Args:
+        model: a causal language model of transformers, with or without a PEFT adapter.
+        tokenizer: has a pad token.
+        prompts: token ids, each prompt at least one token.
+        options: batch size, length, beams, ``no_repeat_ngram_size``.
+        progress: whether to show a progress bar on stderr, if that is a terminal.
+
+    Returns:
+        The generated texts in the order of ``prompts``, without special tokens and outer whitespace.
+
+    Raises:
+        DataError: an empty prompt.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise DataError(
+                f"Prompt {number} of {len(prompts)} has no tokens; nothing to continue."
+            )
+    config = _generation_config(model, tokenizer, options)
+    batches = list(_batches(prompts, options.batch_size))
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    texts = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in track(batches, "Generating", console=console, transient=True, disable=hidden):
+            generated = _continue([prompts[position] for position in batch], model, config)
+            for position, tokens in zip(batch, generated, strict=True):
+                texts[position] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    finally:
+        model.train(was_training)
+    return texts
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Positions of the prompts, longest first; equal lengths in the order of their tokens."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _continue(
+    prompts: Sequence[Sequence[int]], model: Any, config: GenerationConfig
+) -> torch.Tensor:
+    """New tokens ``[batch, new]``; rows that ended early are filled with the pad token."""
+    import torch
+
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), config.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        # Padding goes to the left, so that every continuation starts at the same position.
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, longest - len(prompt) :] = 1
+    with torch.no_grad():
+        sequences = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
+        )
+    new: torch.Tensor = sequences[:, longest:].cpu()
+    return new
+
+
+def _generation_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, options: EvaluateSection
+) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_end_tokens(model, tokenizer),
+        # What is left open here, a checkpoint's own generation_config.json fills in: some sample by
+        # default, some penalise repetition. Results must follow from the recipe alone.
+        do_sample=False,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        min_length=0,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        early_stopping=False,
+    )
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a text: chat models end a turn with another token than a document."""
+    of_model = model.generation_config.eos_token_id
+    tokens = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
+    return sorted(token for token in tokens if token is not None)

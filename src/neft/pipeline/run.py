@@ -1,0 +1,181 @@
+"""From recipe to results: skip what is done, resume what was cut off, do what is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from neft.errors import UsageError
+from neft.pipeline.evaluate import Evaluation, read_evaluation
+from neft.pipeline.results import RESULTS, Results, read_results
+from neft.pipeline.stage import Stage
+from neft.pipeline.stages import evaluation_stage, stages_of, training_stage
+from neft.pipeline.store import Record, StageFolder, State, differences, locked, record_of
+from neft.recipe import Recipe
+
+LOCK = ".lock"
+
+Say: TypeAlias = Callable[[str], None]
+"""Is told, in a line each, what happens."""
+
+
+def run(recipe: Recipe, *, overwrite: bool = False, say: Say) -> Results:
+    """Do all that a recipe says, in its output folder.
+
+    What is done already is skipped; a run that was killed goes on where it was, inside training too,
+    and ends with the same result.
+
+    Args:
+        recipe: the whole run.
+        overwrite: replace what another recipe left there. Old results stay until new ones are finished.
+        say: is told what happens.
+
+    Raises:
+        UsageError: input that cannot be used; or the folder holds another recipe's results, or
+            something that no run made. Nothing has been changed then.
+        RunError: training broke down, or another process works in the folder.
+    """
+    output = Path(recipe.output).expanduser()
+    stages = stages_of(recipe)
+    folders = {stage.name: StageFolder(output / stage.name) for stage in stages}
+    run_stages(stages, folders, output / LOCK, overwrite=overwrite, say=say)
+    return read_results(folders["evaluate"].path / RESULTS)
+
+
+def train(
+    recipe: Recipe, neurons: Path | None, folder: Path, *, overwrite: bool = False, say: Say
+) -> None:
+    """Only train, with the neurons of a file; errors and resumption as in ``run``."""
+    folder = folder.expanduser().resolve()
+    _run_alone(training_stage(folder.name, recipe, neurons), folder, overwrite=overwrite, say=say)
+
+
+def evaluate(
+    recipe: Recipe, adapter: Path | None, folder: Path, *, overwrite: bool = False, say: Say
+) -> Evaluation:
+    """Only evaluate the recipe's model, with or without an adapter; errors as in ``run``."""
+    folder = folder.expanduser().resolve()
+    _run_alone(evaluation_stage(folder.name, recipe, adapter), folder, overwrite=overwrite, say=say)
+    return read_evaluation(folder)
+
+
+def _run_alone(stage: Stage, folder: Path, *, overwrite: bool, say: Say) -> None:
+    lock = folder.with_name(f".{folder.name}.lock")
+    run_stages([stage], {stage.name: StageFolder(folder)}, lock, overwrite=overwrite, say=say)
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    folders: Mapping[str, StageFolder],
+    lock: Path,
+    *,
+    overwrite: bool,
+    say: Say,
+) -> None:
+    """Bring every stage to its finished state, in order.
+
+    A stage whose folder holds what it would make is skipped. Nothing is touched before it is certain
+    that nothing of another recipe stands in the way.
+
+    Args:
+        stages: each after those that it reads.
+        folders: stage -> its place.
+        lock: held meanwhile.
+        overwrite: replace what another recipe made.
+        say: is told what happens.
+    """
+    plan = _planned(stages)
+    with locked(lock):
+        for folder in folders.values():
+            folder.settle()
+        there = {stage.name: _results(stage, folders[stage.name]) for stage in stages}
+        if not overwrite:
+            _refuse_other_recipe(stages, plan, folders, there)
+        for stage in stages:
+            _bring_to_finish(stage, plan[stage.name], folders[stage.name], say)
+
+
+def _planned(stages: Sequence[Stage]) -> dict[str, Record]:
+    """The record, fingerprint and all, that each stage will have."""
+    planned: dict[str, Record] = {}
+    for stage in stages:
+        inputs = {name: planned[name].fingerprint for name in stage.reads}
+        planned[stage.name] = record_of(stage, inputs)
+    return planned
+
+
+def _bring_to_finish(
+    stage: Stage,
+    planned: Record,
+    folder: StageFolder,
+    say: Say,
+) -> None:
+    """Skip, resume or run one stage."""
+    record = folder.finished()
+    if record is not None and record.fingerprint == planned.fingerprint:
+        if folder.state() is State.DONE:
+            say(f"{stage.name}: already done, in {duration(record.seconds)}")
+            return
+        say(f"{stage.name}: {folder.path} is damaged and made again")
+    record = folder.begin(planned, resume=stage.resumable)
+    say(f"{stage.name}: {'continues' if record.attempts > 1 else 'starts'}")
+    start = time.perf_counter()
+    try:
+        stage.run(folder.working)
+    except BaseException:
+        if not (stage.resumable and folder.has_progress()):
+            folder.discard_working()
+        raise
+    record = folder.finish(record, time.perf_counter() - start)
+    say(f"{stage.name}: done, in {duration(record.seconds)}")
+
+
+def _refuse_other_recipe(
+    stages: Sequence[Stage],
+    plan: Mapping[str, Record],
+    folders: Mapping[str, StageFolder],
+    there: Mapping[str, Sequence[Record]],
+) -> None:
+    at_stake = [
+        stage.name
+        for stage in stages
+        if not stage.derived
+        and any(record.fingerprint != plan[stage.name].fingerprint for record in there[stage.name])
+    ]
+    if not at_stake:
+        return
+    told = {*at_stake, *(name for stage in stages for name in stage.reads)}
+    reasons = [
+        reason
+        for stage in stages
+        if stage.name in told
+        for record in there[stage.name]
+        for reason in differences(record, plan[stage.name])
+    ]
+    raise UsageError(
+        "Results of another recipe are in the way:\n"
+        + "\n".join(f"  {folders[name].path}" for name in at_stake)
+        + "\nThe recipes differ:\n"
+        + "\n".join(f"  {reason}" for reason in dict.fromkeys(reasons))
+        + "\nChoose another output folder, or replace these results with --overwrite."
+    )
+
+
+def _results(stage: Stage, folder: StageFolder) -> list[Record]:
+    """The records of what would be lost with this folder: a result, progress of an attempt."""
+    progress = folder.started() if stage.resumable and folder.has_progress() else None
+    return [record for record in (folder.finished(), progress) if record is not None]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``0.4 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,52 @@
+"""The contract of a stage: what determines its result, and the fingerprint of that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run: reads the folders of earlier stages, and fills one of its own."""
+
+    name: str
+    """Also the name of its folder."""
+    version: int
+    """Raised whenever the code gives another result for the same ingredients."""
+    ingredients: Mapping[str, Any]
+    """What determines the result beside the stages that are read: place in the recipe -> JSON value,
+    or the identity of a file's content (see ``identity``)."""
+    reads: tuple[str, ...]
+    """Earlier stages whose folders it reads."""
+    run: Callable[[Path], None]
+    """Fills the folder that it is given; all stages that it reads are finished by then."""
+    resumable: bool = False
+    """Whether ``run`` continues from what a killed attempt left in its folder; else it starts anew."""
+    derived: bool = False
+    """Whether the result is made again in little time from the stages it reads, and so may be replaced
+    without asking when the recipe changes."""
+
+    def fingerprint(self, inputs: Mapping[str, str]) -> str:
+        """Hash of all that determines the result.
+
+        Args:
+            inputs: the fingerprints of (at least) the stages it reads.
+        """
+        return _hash(
+            {
+                "stage": self.name,
+                "version": self.version,
+                "ingredients": dict(self.ingredients),
+                "reads": {name: inputs[name] for name in self.reads},
+            }
+        )
+
+
+def _hash(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

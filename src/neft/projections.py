@@ -1,0 +1,395 @@
+"""Where neurons live: the projections of a model, with layer, role, axis and shape.
+
+What differs between architectures is data, in ``ARCHITECTURES``; to support another family, add a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neft.errors import ArchitectureError, CheckpointError
+from neft.neurons import ROLE_ORDER, Axis, Projection
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+DEFAULT_MODULES = ("up", "down")
+"""The paper's in and out neurons (section 4)."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where one family of models keeps its projections."""
+
+    layers: str
+    """Path of the stack of layers; whatever encloses it may come before."""
+    roles: Mapping[str, str]
+    """Role -> path inside a layer."""
+
+
+_GATED = {
+    "up": "mlp.up_proj",
+    "gate": "mlp.gate_proj",
+    "down": "mlp.down_proj",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+}
+_LLAMA = Architecture("layers", _GATED)
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": _LLAMA,  # also SmolLM and SmolLM2
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gemma3": Architecture("language_model.layers", _GATED),  # its vision tower has layers too
+    "olmo2": _LLAMA,
+    "smollm3": _LLAMA,
+    "phi3": Architecture(
+        "layers",
+        {
+            "gate_up": "mlp.gate_up_proj",
+            "down": "mlp.down_proj",
+            "qkv": "self_attn.qkv_proj",
+            "o": "self_attn.o_proj",
+        },
+    ),
+    "gpt2": Architecture(
+        "h",
+        {"up": "mlp.c_fc", "down": "mlp.c_proj", "qkv": "attn.c_attn", "o": "attn.c_proj"},
+    ),
+    "opt": Architecture(
+        "layers",
+        {
+            "up": "fc1",
+            "down": "fc2",
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "o": "self_attn.out_proj",
+        },
+    ),
+    "gpt_neox": Architecture(  # Pythia
+        "layers",
+        {
+            "up": "mlp.dense_h_to_4h",
+            "down": "mlp.dense_4h_to_h",
+            "qkv": "attention.query_key_value",
+            "o": "attention.dense",
+        },
+    ),
+}
+"""By the ``model_type`` of a transformers config."""
+
+# Projections that write to the residual stream; all others read from it.
+_WRITING_ROLES = ("down", "o")
+# What holds the neurons of a role where an architecture has fused its projection with others.
+_FUSED_ROLES = {"up": "gate_up", "gate": "gate_up", "q": "qkv", "k": "qkv", "v": "qkv"}
+
+
+def find_projections(
+    model: nn.Module | PreTrainedConfig | str | os.PathLike[str],
+    modules: Sequence[str] | None = None,
+    axes: Mapping[str, Axis] | None = None,
+) -> list[Projection]:
+    """List the projections of a model that hold neurons.
+
+    Args:
+        model: a module (plain or wrapped by PEFT; names are those of the plain model), a transformers
+            config, or a checkpoint folder or Hub id, of which only ``config.json`` is read.
+        modules: roles (``up``, ``gate``, ``down``, ``q``, ``k``, ``v``, ``o``, ``gate_up``, ``qkv``),
+            module names, or shell-style patterns of module names (``*`` goes across dots), each of
+            which must find a linear layer. The output head is taken only by its exact name. Default:
+            up and down, as in the paper; where up is fused with gate, both of them.
+        axes: the same kinds of names -> axis; the first that matches counts, before the architecture's
+            own. A layer that neither knows has its neurons in rows.
+
+    Returns:
+        One projection a matrix, by layer, then role.
+
+    Raises:
+        ArchitectureError: a name that finds no linear layer, or an architecture that is not in the
+            table and so has no roles; the message shows what there is to choose from.
+        CheckpointError: ``model`` is no checkpoint with a readable config.
+    """
+    network = _Network(_as_module(model))
+    wanted = network.default_modules() if modules is None else modules
+    if isinstance(wanted, str) or not wanted:
+        raise ArchitectureError(
+            f"modules is {wanted!r}; give a list of roles, module names or patterns, "
+            f"e.g. {list(DEFAULT_MODULES)}."
+        )
+    chosen = {name for pattern in wanted for name in network.find(pattern)}
+    given_axes: dict[str, Axis] = {}
+    for pattern, axis in (axes or {}).items():
+        for name in network.find(pattern):
+            given_axes.setdefault(name, _as_axis(pattern, axis))
+    projections = (network.projection(name, given_axes.get(name)) for name in chosen)
+    return sorted(projections, key=lambda projection: projection.order)
+
+
+def _as_axis(pattern: str, axis: str) -> Axis:
+    try:
+        return Axis(axis)
+    except ValueError as error:
+        raise ArchitectureError(f"axes[{pattern!r}] is {axis!r}; choose row or column.") from error
+
+
+def _as_module(model: nn.Module | PreTrainedConfig | str | os.PathLike[str]) -> nn.Module:
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        inner = getattr(model, "get_base_model", None)  # a PEFT wrapper's
+        return inner() if callable(inner) else model
+    config = _read_config(model) if isinstance(model, str | os.PathLike) else model
+    return _without_weights(config)
+
+
+def _read_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        # None, the default, would ask on the terminal.
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        fault = "config.json" if Path(source).is_dir() else "not a folder, and as a Hub model"
+        raise CheckpointError(f"{source}: {fault} cannot be used: {_first_line(error)}") from error
+
+
+def _without_weights(config: PreTrainedConfig) -> nn.Module:
+    """The causal language model of ``config`` on the meta device: real names and shapes, no memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            # from_config writes into the config that it is given. Which attention kernel it asks for
+            # does not matter here, and the kernel need not be installed.
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation="eager", trust_remote_code=False
+            )
+            return model
+    except ValueError as error:
+        raise ArchitectureError(
+            f"{type(config).__name__} (model_type {config.model_type!r}) describes no causal language "
+            f"model that transformers can build: {_first_line(error)} Load the model yourself, and "
+            "give the module."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Shape of a linear layer."""
+
+    num_inputs: int
+    num_outputs: int
+    transposed: bool = False
+
+
+def _as_linear(module: nn.Module) -> _Linear | None:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return _Linear(module.nx, module.nf, transposed=True)
+    # Not all quantized layers derive from nn.Linear, but all carry its two sizes; blocks that carry
+    # them too have layers inside.
+    num_inputs = getattr(module, "in_features", None)
+    num_outputs = getattr(module, "out_features", None)
+    if not (isinstance(num_inputs, int) and isinstance(num_outputs, int)):
+        return None
+    if not isinstance(module, nn.Linear) and any(True for _ in module.children()):
+        return None
+    return _Linear(num_inputs, num_outputs)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The layer of the plain model under PEFT's wrappers."""
+    from torch import nn
+
+    for attribute in ("base_layer", "original_module"):
+        inner = getattr(module, attribute, None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
+    return module
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """``module.named_modules()`` as of the plain model; linear layers are leaves."""
+    module = _unwrapped(module)
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    if _as_linear(module) is None:
+        for child_name, child in module.named_children():
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+class _Network:
+    """A model's modules by name, and what the architecture table knows about them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        self.title = type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
+        self.architecture = ARCHITECTURES.get(str(model_type))
+        self.modules = dict(_walk(model, "", set()))
+        self.linear = {
+            name: linear
+            for name, module in self.modules.items()
+            if (linear := _as_linear(module)) is not None
+        }
+        self.known = {
+            name: place for name in self.linear if (place := self._place(name)) is not None
+        }
+        head = _output_head(model)
+        self.heads = {
+            name
+            for name in self.linear
+            if name.rpartition(".")[2] == "lm_head" or self.modules[name] is head
+        }
+
+    def _place(self, name: str) -> tuple[int, str] | None:
+        """(layer, role) of a module that the architecture table knows."""
+        if self.architecture is not None:
+            for role, path in self.architecture.roles.items():
+                pattern = (
+                    rf"(?:.*\.)?{re.escape(self.architecture.layers)}\.(\d+)\.{re.escape(path)}"
+                )
+                if found := re.fullmatch(pattern, name):
+                    return int(found[1]), role
+        return None
+
+    def default_modules(self) -> tuple[str, ...]:
+        """``DEFAULT_MODULES``, each replaced by what it is fused into."""
+        roles = self.architecture.roles if self.architecture is not None else DEFAULT_MODULES
+        return tuple(role if role in roles else _FUSED_ROLES[role] for role in DEFAULT_MODULES)
+
+    def projection(self, name: str, axis: Axis | None) -> Projection:
+        """Describe linear layer ``name``; ``axis`` goes before the table's."""
+        layer, role = self.known.get(name) or (_first_number(name), name.rpartition(".")[2])
+        if axis is None:
+            writes = name in self.known and role in _WRITING_ROLES
+            axis = Axis.COLUMN if writes else Axis.ROW
+        linear = self.linear[name]
+        by_row = axis is Axis.ROW
+        return Projection(
+            name=name,
+            layer=layer,
+            role=role,
+            axis=axis,
+            num_neurons=linear.num_outputs if by_row else linear.num_inputs,
+            vector_length=linear.num_inputs if by_row else linear.num_outputs,
+            transposed=linear.transposed,
+        )
+
+    def find(self, wanted: str) -> list[str]:
+        """Names of the linear layers that a role, module name or pattern means; at least one."""
+        if wanted in self.linear:
+            return [wanted]
+        if wanted in ROLE_ORDER:
+            found = [name for name, (_, role) in self.known.items() if role == wanted]
+            if not found:
+                raise ArchitectureError(self._no_role(wanted))
+            return found
+        matching = [name for name in self.modules if fnmatch.fnmatchcase(name, wanted)]
+        found = [name for name in matching if name in self.linear and name not in self.heads]
+        if not found:
+            raise ArchitectureError(self._no_linear_layer(wanted, matching))
+        return found
+
+    def _no_role(self, role: str) -> str:
+        if self.architecture is None:
+            return (
+                f"{self.title}: this architecture is not in the table, so the role {role!r} has no "
+                f"meaning here.{self._candidates()}"
+            )
+        roles = self.architecture.roles
+        if role in _FUSED_ROLES and _FUSED_ROLES[role] in roles:
+            fused = _FUSED_ROLES[role]
+            return (
+                f"{self.title}: {role!r} is fused into {roles[fused]!r} here; "
+                f"use the role {fused!r}, which takes the whole of it."
+            )
+        return f"{self.title}: has no projection {role!r}. Roles here: {', '.join(roles)}."
+
+    def _no_linear_layer(self, wanted: str, matching: Sequence[str]) -> str:
+        if heads := [name for name in matching if name in self.heads]:
+            return (
+                f"{self.title}: {wanted!r} matches only the output head, whose weight may be the "
+                f"embedding's too; to take it all the same, give its exact name, {heads[0]!r}."
+            )
+        fault = f"{self.title}: {wanted!r} matches no module."
+        if matching:
+            kind = type(self.modules[matching[0]]).__name__
+            fault = (
+                f"{self.title}: {wanted!r} matches no linear layer, but {kind} {matching[0]!r}; "
+                "neurons are rows or columns of linear layers."
+            )
+        near = ", ".join(self._near(wanted))
+        return f"{fault} Near it: {near}." if near else fault + self._candidates()
+
+    def _near(self, wanted: str) -> list[str]:
+        """Roles and patterns of linear layers with a last part like that of ``wanted``, best first."""
+        roles = () if self.architecture is None else self.architecture.roles
+        by_tail: dict[str, list[str]] = {}
+        for choice in (*roles, *self._groups()):
+            by_tail.setdefault(choice.rpartition(".")[2], []).append(choice)
+        tail = wanted.rpartition(".")[2]
+        close = [tail] if tail in by_tail else difflib.get_close_matches(tail, by_tail, cutoff=0.7)
+        return [choice for like in close for choice in by_tail[like]]
+
+    def _groups(self) -> dict[str, list[str]]:
+        """Names of linear layers by the pattern that has ``*`` for their numbers."""
+        groups: dict[str, list[str]] = {}
+        for name in self.linear:
+            groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+        return groups
+
+    def _candidates(self) -> str:
+        groups = self._groups()
+        if not groups:
+            return " It has no linear layers."
+        shapes = {pattern: self.linear[names[0]] for pattern, names in groups.items()}
+        widening = [p for p, shape in shapes.items() if shape.num_outputs > shape.num_inputs]
+        narrowing = [p for p, shape in shapes.items() if shape.num_outputs < shape.num_inputs]
+        reads, writes = [*widening, *groups][0], [*narrowing, *reversed(groups)][0]
+        roles = f" Roles here: {', '.join(self.architecture.roles)}." if self.architecture else ""
+        lines = (f"  {pattern}  {self._shapes(names)}" for pattern, names in groups.items())
+        return (
+            f"{roles} Name linear layers, e.g. modules={[reads, writes]}, and in axes those of them that "
+            f"write to the residual stream, e.g. axes={{{writes!r}: 'column'}}; the others have their "
+            "neurons in rows. Here are (outputs x inputs, how many):\n" + "\n".join(lines)
+        )
+
+    def _shapes(self, names: Sequence[str]) -> str:
+        linear = [self.linear[name] for name in names]
+        shapes = sorted({(layer.num_outputs, layer.num_inputs) for layer in linear})
+        return f"{', '.join(f'{outputs} x {inputs}' for outputs, inputs in shapes)} ({len(names)})"
+
+
+def _output_head(model: Any) -> nn.Module | None:
+    """The layer that makes logits, where the model is one of transformers' and has one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return None if head is None else _unwrapped(head)
+
+
+def _first_number(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

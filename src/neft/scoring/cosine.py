@@ -1,0 +1,176 @@
+"""The paper's score: how far each neuron has turned, over two checkpoints that are read as a stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from neft import __version__
+from neft.checkpoints import WeightSource, open_weights
+from neft.errors import CheckpointError
+from neft.neurons import Axis, NeuronScores, PathLike, Projection
+from neft.projections import find_projections
+from neft.scoring.distance import LARGEST, cosine_distances, scoring_threads
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+# Rows of a matrix that are searched at once for a value that is not finite.
+_SEARCHED_ROWS = 256
+
+
+def score_neurons(
+    before: PathLike | nn.Module | WeightSource,
+    after: PathLike | nn.Module | WeightSource,
+    modules: Sequence[str] | None = None,
+    *,
+    axes: Mapping[str, Axis] | None = None,
+    progress: bool = True,
+) -> NeuronScores:
+    """Cosine similarity of every neuron before and after fine-tuning (Algorithm 1, step 2).
+
+    Both sides are read one matrix at a time, so memory is bounded by a pair of the largest matrices. Sums
+    are float64 whatever the dtypes, and the result is ``1 - cos`` without cancellation.
+
+    Args:
+        before: the original model M_Org: a checkpoint folder of safetensors with its ``config.json``, a Hub
+            id, a module, or what ``open_weights`` returned.
+        after: the same model after a short full fine-tune, M_FT; it needs no ``config.json``. Its weights
+            should be float32: with 16 bits, rounding moves neurons as far as a short fine-tune does.
+        modules: projections to score, by role, module name or pattern (see ``find_projections``);
+            default: up and down.
+        axes: pattern of module names -> axis, for modules that the architecture table does not know.
+        progress: whether to show a progress bar on stderr, if that is a terminal.
+
+    Returns:
+        Distances ``1 - cos`` in 0..2 of all neurons of these projections. A neuron that is zero on both
+        sides has 0, on one side 1.
+
+    Raises:
+        ArchitectureError: projections that the model does not have.
+        CheckpointError: weights that are missing, torn, quantized or not finite, or that differ in name or
+            shape between the two sides.
+    """
+    original, tuned = _opened(before), _opened(after)
+    projections = find_projections(original.network, modules, axes)
+    pairs = [_Pair.find(projection, original, tuned) for projection in projections]
+    total_parameters = original.num_parameters
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    distances: dict[str, npt.NDArray[np.float64]] = {}
+    with scoring_threads() as pool:
+        for pair in track(pairs, "Scoring", console=console, transient=True, disable=hidden):
+            distances[pair.projection.name] = pair.distances(pool)
+    provenance: dict[str, Any] = {
+        "method": "cosine",
+        "before": original.label,
+        "after": tuned.label,
+        "dtypes": {
+            "before": sorted({pair.dtypes[0] for pair in pairs}),
+            "after": sorted({pair.dtypes[1] for pair in pairs}),
+        },
+        "neft": __version__,
+    }
+    if rounding := _rounding(pairs, distances):
+        provenance["rounding"] = rounding
+        _warn_of_rounding(rounding, original, tuned, provenance["dtypes"])
+    return NeuronScores(projections, distances, total_parameters, provenance)
+
+
+def _opened(side: PathLike | nn.Module | WeightSource) -> WeightSource:
+    return side if isinstance(side, WeightSource) else open_weights(side)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One projection's weight on both sides."""
+
+    projection: Projection
+    sources: tuple[WeightSource, WeightSource]
+    names: tuple[str, str]
+
+    @classmethod
+    def find(cls, projection: Projection, original: WeightSource, tuned: WeightSource) -> _Pair:
+        names = original.weight_name(projection.name), tuned.weight_name(projection.name)
+        for source, name in zip((original, tuned), names, strict=True):
+            tensor = source.tensors[name]
+            if tensor.shape != projection.weight_shape:
+                raise CheckpointError(
+                    f"{source.label}: {name} has shape {list(tensor.shape)}, but the model of "
+                    f"{original.label} makes it {list(projection.weight_shape)}. Score two checkpoints "
+                    "of one model."
+                )
+            if tensor.dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{source.label}: {name} is stored as {tensor.dtype}; scoring needs one of "
+                    f"{', '.join(_DTYPES)}. Give the checkpoint that was not quantized."
+                )
+        return cls(projection, (original, tuned), names)
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """Stored dtypes, before and after."""
+        before, after = (
+            source.tensors[name].dtype
+            for source, name in zip(self.sources, self.names, strict=True)
+        )
+        return before, after
+
+    def distances(self, pool: Executor) -> npt.NDArray[np.float64]:
+        """``1 - cos`` of each neuron, float64 ``[num_neurons]``."""
+        before, after = (
+            source.read(name) for source, name in zip(self.sources, self.names, strict=True)
+        )
+        found = cosine_distances(before, after, self.projection.neuron_dim, pool)
+        if found.isnan().any():
+            raise self._not_finite(before, after)
+        return found.numpy()
+
+    def _not_finite(self, *tensors: torch.Tensor) -> CheckpointError:
+        for source, name, tensor in zip(self.sources, self.names, tensors, strict=True):
+            for start, rows in enumerate(tensor.split(_SEARCHED_ROWS)):
+                bad = torch.nonzero(~(rows.double().abs() <= LARGEST))
+                if len(bad):
+                    row, column = bad[0].tolist()
+                    return CheckpointError(
+                        f"{source.label}: {name}[{start * _SEARCHED_ROWS + row}, {column}] is "
+                        f"{rows[row, column].item()}. The training run that wrote it broke down; score "
+                        "an earlier checkpoint."
+                    )
+        raise AssertionError(f"{self.names}: NaN distances from finite weights")
+
+
+def rounding_floor(dtype: str) -> float:
+    """The distance that rounding to a dtype causes by itself.
+
+    With eps the spacing of the dtype's values at 1, a weight in 2^e..2^(e+1) is off by up to half of
+    eps 2^e after rounding, or by (eps 2^e)² / 12 in the mean square; the weight itself has a mean square
+    of 7/3 (2^e)² (both for values spread evenly). So a vector moves by |d|²/|w|² = eps²/28, hardly any of
+    it along w, and 1 - cos = |d|²/(2 |w|²) = eps²/56: 1.1e-6 for bfloat16, 1.7e-8 for float16.
+    """
+    return float(torch.finfo(getattr(torch, dtype)).eps) ** 2 / 56
+
+
+def _rounding(
+    pairs: Sequence[_Pair], distances: Mapping[str, npt.NDArray[np.float64]]
+) -> dict[str, Any] | None:
+    """What 16-bit storage means for these scores; ``None`` if there is none."""
+    stored = {dtype for pair in pairs for dtype in pair.dtypes} & {"bfloat16", "float16"}
+    if not stored:
+        return None
+    coarsest = max(stored, key=rounding_floor)
+    floor = rounding_floor(coarsest)
+    values = np.concatenate([*distances.values()])
+    return {"dtype": coarsest, "floor": floor, "share_below": float(np.mean(values < floor))}

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: examples, prompts, methods and the training run."""

@@ -1,0 +1,86 @@
+"""A run's trainer checkpoints on disk: which are whole, and which are still needed.
+
+The trainer writes a checkpoint file by file. A marker, written once everything else has reached the disk,
+tells a whole checkpoint from one that a kill or a power cut tore; it goes first when one is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from neft.files import sync, write_json
+
+_MARKER = "complete.json"
+_STATE = "trainer_state.json"
+# What serves a resumed run alone; the rest of a checkpoint is the model or adapter.
+_TRAINER_FILES = (
+    _MARKER,
+    _STATE,
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+)
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """Where the trainer keeps the checkpoint of ``step``."""
+    return checkpoints / f"checkpoint-{step}"
+
+
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as whole, after forcing its files to the disk."""
+    for path in (checkpoint, *checkpoint.rglob("*")):
+        sync(path)
+    write_json(checkpoint / _MARKER, {"complete": True})
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """The whole checkpoint with the most steps."""
+    whole = [folder for folder in _all(checkpoints) if (folder / _MARKER).is_file()]
+    return max(whole, key=_step, default=None)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state at a whole checkpoint: steps, best step, history."""
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def is_trainer_file(file: Path) -> bool:
+    """Whether a file of a checkpoint serves the trainer, and is no part of the model or adapter."""
+    return any(fnmatch(file.name, pattern) for pattern in _TRAINER_FILES)
+
+
+def discard_torn(checkpoints: Path) -> None:
+    """Delete checkpoints that were never finished."""
+    for folder in _all(checkpoints):
+        if not (folder / _MARKER).is_file():
+            shutil.rmtree(folder)
+
+
+def discard_superseded(checkpoints: Path, best: int | None, last: int) -> None:
+    """Keep the last checkpoint to resume from, and the weights of the best; delete all else."""
+    for folder in _all(checkpoints):
+        if _step(folder) == last:
+            continue
+        if _step(folder) == best:
+            for file in folder.iterdir():
+                if is_trainer_file(file) and file.name != _MARKER:
+                    file.unlink()
+        else:
+            (folder / _MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+
+
+def _all(checkpoints: Path) -> list[Path]:
+    return [folder for folder in checkpoints.glob("checkpoint-*") if folder.is_dir()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))

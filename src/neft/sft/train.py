@@ -1,0 +1,434 @@
+"""One training run, from options to a checkpoint or an adapter; killed and called again, it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+import neft
+from neft.errors import RunError, UsageError
+from neft.files import file_identity, follow_umask, sync, write_json
+from neft.models import load_model, load_tokenizer, quiet_transformers
+from neft.neurons import NeuronSet
+from neft.recipe import DataSection, ModelSection, TrainingSection
+from neft.sft.callbacks import SealCheckpoints, ShowProgress, StopOnSignal, TimeSteps
+from neft.sft.data import Split, load_examples
+from neft.sft.methods import METHODS, check_neurons, prepare
+from neft.sft.prompts import Encoded, encode_all
+from neft.sft.resume import (
+    checkpoint_folder,
+    discard_torn,
+    is_trainer_file,
+    last_checkpoint,
+    read_state,
+)
+from neft.sft.trainer import TargetTrainer
+
+_log = logging.getLogger(__name__)
+
+RECORD = "training.json"
+"""Written last: a run is finished when its folder has it."""
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves."""
+
+    path: Path
+    """A float32 checkpoint with its tokenizer, or a PEFT adapter: the best by development loss."""
+    num_steps: int
+    best_step: int
+    best_dev_loss: float
+    """Mean loss of a target token, in nats."""
+    seconds_per_step: float
+    """Median over the optimizer steps."""
+    num_trainable: int
+    num_parameters: int
+    """Of the base model."""
+    history: dict[str, list[dict[str, float]]]
+    """``train``: step, loss, gradient norm and learning rate of every step; ``dev``: step and loss."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that one call determines."""
+
+    model: ModelSection
+    options: TrainingSection
+    method: str
+    neurons: NeuronSet | None
+    seed: int
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    train: Encoded
+    dev: Encoded
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def plan(self) -> Path:
+        return self.checkpoints / "plan.json"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on, as plain JSON values."""
+        neurons = self.neurons and self.neurons.to_dict()["projections"]
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "model": _model_identity(self.model),
+            "training": self.options.model_dump(mode="json", exclude={"report_to"}),
+            "neurons": neurons and _digest(neurons),
+            "train": _digest([self.train.input_ids, self.train.labels]),
+            "dev": _digest([self.dev.input_ids, self.dev.labels]),
+        }
+
+
+def train(
+    model: ModelSection,
+    data: DataSection,
+    options: TrainingSection,
+    *,
+    method: str,
+    neurons: NeuronSet | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike[str],
+) -> TrainingResult:
+    """Fine-tune ``model`` and keep the weights with the lowest development loss.
+
+    A run that was killed, at any moment, is continued by the same call from its last whole checkpoint,
+    and ends with the same bits as an unbroken one where the platform is deterministic (the CPU is).
+    SIGINT and SIGTERM leave a checkpoint of the step they come in. A finished run is not repeated.
+
+    ``full`` trains float32 weights, with matrix products in ``model.dtype``; adapters train float32
+    vectors over weights frozen in ``model.dtype``.
+
+    Args:
+        model: the base model.
+        data: examples, and how they become prompts.
+        options: optimizer, schedule and length.
+        method: a key of ``neft.sft.methods.METHODS``.
+        neurons: for methods that train chosen neurons.
+        seed: of data order, dropout and all other chance.
+        folder: gets ``model/`` or ``adapter/``, and ``training.json``; ``checkpoints/`` meanwhile.
+
+    Raises:
+        UsageError: input that cannot be used, or a folder that holds another run.
+        RunError: a loss or gradient that is not finite, or too little memory; checkpoints are kept.
+        KeyboardInterrupt: after SIGINT or SIGTERM.
+    """
+    check_neurons(method, neurons)
+    _check_machine(model, options)
+    tokenizer = load_tokenizer(model)
+    train_split, dev_split = (_encoded(data, split, tokenizer) for split in ("train", "dev"))
+    run = _Run(
+        model, options, method, neurons, seed, Path(folder), tokenizer, train_split, dev_split
+    )
+    record = run.folder / RECORD
+    if not _is_ours(record, run):
+        if _is_ours(run.plan, run):
+            discard_torn(run.checkpoints)
+        if not _is_trained(run.checkpoints):
+            _train(run)
+        _publish(run)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return _result(record)
+
+
+def _check_machine(model: ModelSection, options: TrainingSection) -> None:
+    """Find out before anything expensive what this machine cannot do."""
+    available = get_available_reporting_integrations()
+    for tracker in options.report_to:
+        if tracker not in available:
+            raise UsageError(
+                f"report_to: {tracker!r} is not installed or not known to transformers. "
+                f"Available here: {', '.join(available) or 'none'}."
+            )
+    if model.dtype == "float16" and not torch.cuda.is_available():
+        raise UsageError(
+            "model.dtype is float16, whose gradients need the loss scaling of a GPU; there is none here. "
+            "Use bfloat16 or float32."
+        )
+
+
+def _encoded(data: DataSection, split: Split, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    examples = load_examples(data, split)
+    encoded = encode_all(examples, tokenizer, data)
+    if encoded.num_dropped or encoded.num_truncated:
+        _log.warning(
+            "data.%s: of %d examples, %d were dropped and %d truncated to max_length = %d tokens.",
+            split,
+            len(examples),
+            encoded.num_dropped,
+            encoded.num_truncated,
+            data.max_length,
+        )
+    return encoded
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _model_identity(model: ModelSection) -> dict[str, Any]:
+    """Fields of the section, with the content of a folder's weights for its path: runs can be moved."""
+    fields = model.model_dump(mode="json")
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        fields["path"] = [file_identity(file) for file in sorted(folder.glob("*.safetensors"))]
+    return fields
+
+
+def _is_ours(file: Path, run: _Run) -> bool:
+    """Whether ``file`` records this very run; raises ``UsageError`` if it records another."""
+    if not file.is_file():
+        return False
+    theirs: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["run"]
+    if difference := _difference(theirs, run.identity):
+        raise UsageError(
+            f"{file.parent}: holds another training run; {difference}. Delete the folder, or choose "
+            "another."
+        )
+    return True
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str = "") -> str | None:
+    """The first key in which two runs differ, with both values unless they are mere digests."""
+    for key in ours:
+        before, now = theirs.get(key), ours[key]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            if found := _difference(before, now, f"{path}{key}."):
+                return found
+        elif before != now:
+            values = f"was {before!r} there and is {now!r} here"
+            return f"{path}{key} {values if len(values) < 80 else 'differs'}"
+    return None
+
+
+def _is_trained(checkpoints: Path) -> bool:
+    last = last_checkpoint(checkpoints)
+    if last is None:
+        return False
+    state = read_state(last)
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _train(run: _Run) -> None:
+    last = last_checkpoint(run.checkpoints)
+    set_seed(run.seed)
+    with quiet_transformers(), StopOnSignal() as stop, ShowProgress() as shown:
+        trainer = _trainer(run, _prepared(run, last))
+        for callback in (SealCheckpoints(), TimeSteps(), stop, shown):
+            trainer.add_callback(callback)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"Step {trainer.state.global_step + 1}: the device has too little memory. Lower "
+                "batch_size and raise gradient_accumulation, or set gradient_checkpointing."
+            ) from error
+    if stop.stopped:
+        raise KeyboardInterrupt
+
+
+def _prepared(run: _Run, last: Path | None) -> nn.Module:
+    """The model to train, and a note of what is trained beside the checkpoints to come."""
+    if METHODS[run.method].makes_adapter:
+        base = load_model(run.model)
+    else:
+        # Resumed from its own checkpoint, a model need not read the base weights first.
+        source = run.model.model_copy(update={"path": str(last), "revision": None})
+        base = load_model(source if last else run.model, torch.float32)
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    prepared = prepare(base, run.method, run.neurons)
+    trainable = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
+    plan = {
+        "run": run.identity,
+        "num_parameters": num_parameters,
+        "num_trainable": sum(parameter.numel() for parameter in trainable),
+    }
+    write_json(run.plan, plan)
+    return prepared
+
+
+def _trainer(run: _Run, model: nn.Module) -> TargetTrainer:
+    # Like lengths side by side: little padding. The development loss does not depend on the order.
+    by_length = sorted(range(len(run.dev)), key=lambda i: len(run.dev.input_ids[i]))
+    try:
+        trainer = TargetTrainer(
+            model=model,
+            args=_settings(run),
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=run.tokenizer.pad_token_id),
+            train_dataset=_dataset(run.train, range(len(run.train))),
+            eval_dataset=_dataset(run.dev, by_length),
+            processing_class=run.tokenizer,
+        )
+    except ValueError as error:
+        raise UsageError(f"This training cannot be set up here: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            # Its default lies among the checkpoints, which do not outlive the run.
+            callback.logging_dir = callback.logging_dir or str(run.folder / "logs")
+    for name, parameter in trainer.model.named_parameters():
+        # Updates smaller than half an ulp of a 16-bit weight would be lost, silently.
+        assert not parameter.requires_grad or parameter.dtype is torch.float32, name
+    return trainer
+
+
+def _settings(run: _Run) -> SFTConfig:
+    options = run.options
+    # Frozen 16-bit weights set the dtype of the products by themselves; float32 masters need autocast.
+    # float16 needs the loss scaling that comes with it in any case.
+    masters = not METHODS[run.method].makes_adapter
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        max_steps=options.steps or -1,
+        num_train_epochs=options.epochs or 1.0,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        optim="adamw_torch_fused",
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=run.model.dtype == "bfloat16" and masters,
+        fp16=run.model.dtype == "float16",
+        seed=run.seed,
+        data_seed=run.seed,
+        # Every step, as a loss that is not finite must stop the run at once.
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=options.evaluate_every,
+        save_strategy="steps",
+        save_steps=options.evaluate_every,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        # Examples come tokenised, and within max_length.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # The trainer writes this into the configuration of the trained model, where it is for generation.
+        use_cache=True,
+        disable_tqdm=True,
+        report_to=list(options.report_to) or "none",
+    )
+
+
+def _dataset(encoded: Encoded, order: Iterable[int]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [encoded.input_ids[i] for i in order],
+            "labels": [encoded.labels[i] for i in order],
+        }
+    )
+
+
+def _publish(run: _Run) -> None:
+    """Make the best checkpoint the result, then write the record that finishes the run."""
+    last = last_checkpoint(run.checkpoints)
+    assert last is not None
+    state = read_state(last)
+    name = "adapter" if METHODS[run.method].makes_adapter else "model"
+    _link_result(checkpoint_folder(run.checkpoints, state["best_global_step"]), run.folder / name)
+    plan = json.loads(run.plan.read_text(encoding="utf-8"))
+    logged = state["log_history"]
+    steps = [entry for entry in logged if "loss" in entry]
+    write_json(
+        run.folder / RECORD,
+        plan
+        | {
+            "result": name,
+            "num_steps": state["global_step"],
+            "best_step": state["best_global_step"],
+            "best_dev_loss": state["best_metric"],
+            "seconds_per_step": statistics.median(entry["seconds"] for entry in steps),
+            "examples": {
+                split: {
+                    "used": len(encoded),
+                    "dropped": encoded.num_dropped,
+                    "truncated": encoded.num_truncated,
+                }
+                for split, encoded in (("train", run.train), ("dev", run.dev))
+            },
+            "versions": {"neft": neft.__version__}
+            | {package: version(package) for package in ("torch", "transformers", "peft", "trl")},
+            "history": {
+                "train": [
+                    {key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate")}
+                    for entry in steps
+                ],
+                "dev": [
+                    {"step": entry["step"], "loss": entry["eval_loss"]}
+                    for entry in logged
+                    if "eval_loss" in entry
+                ],
+            },
+        },
+    )
+
+
+def _link_result(checkpoint: Path, result: Path) -> None:
+    """Give the weights of ``checkpoint`` a second name; they stay where they are until the run ends."""
+    part = result.with_name(f".{result.name}.part")
+    for leftover in (part, result):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir()
+    is_adapter = (checkpoint / _ADAPTER_FILES[0]).is_file()
+    for file in checkpoint.iterdir():
+        if file.name in _ADAPTER_FILES or not (is_adapter or is_trainer_file(file)):
+            _link(file, part / file.name)
+    sync(part)
+    part.rename(result)
+
+
+def _link(file: Path, new_name: Path) -> None:
+    try:
+        new_name.hardlink_to(file)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, new_name)
+    follow_umask(new_name)
+    sync(new_name)
+
+
+def _result(record: Path) -> TrainingResult:
+    fields = json.loads(record.read_text(encoding="utf-8"))
+    return TrainingResult(
+        path=record.parent / fields["result"],
+        num_steps=fields["num_steps"],
+        best_step=fields["best_step"],
+        best_dev_loss=fields["best_dev_loss"],
+        seconds_per_step=fields["seconds_per_step"],
+        num_trainable=fields["num_trainable"],
+        num_parameters=fields["num_parameters"],
+        history=fields["history"],
+    )

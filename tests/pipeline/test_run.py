@@ -1,0 +1,400 @@
+"""Runs of three small stages: skipped, resumed, refused, killed.
+
+As a script this file is such a run, which stops, to be killed, at the step named on its command line
+(``copy:2`` is in stage copy, after two of its four steps); or, told ``every change``, many runs, the n-th
+of which is killed just before it changes a name on disk for the n-th time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from neft.errors import RunError, UsageError
+from neft.pipeline.run import duration, run_stages
+from neft.pipeline.stage import Stage
+from neft.pipeline.store import RECORD, STARTED, StageFolder, State, is_locked, locked, record_of
+
+NUM_STEPS = 4
+
+
+def stop_at(moment: str, wanted: str) -> None:
+    if moment == wanted:
+        print("ready", flush=True)
+        time.sleep(60)
+
+
+def stages(
+    text: str = "ab", num_steps: int = NUM_STEPS, label: str = "n", stop: str = ""
+) -> list[Stage]:
+    def write(working: Path) -> None:
+        (working / "text").write_text(text)
+
+    def copy(working: Path) -> None:
+        steps = working / "steps"
+        done = steps.read_text() if steps.exists() else ""
+        for step in range(len(done), num_steps):
+            stop_at(f"copy:{step}", stop)
+            done += str(step)
+            steps.write_text(done)
+            with (working.parent / "log").open("a") as log:
+                log.write(str(step))
+        (working / "copied").write_text((working.parent / "write" / "text").read_text() * num_steps)
+
+    def count(working: Path) -> None:
+        (working / label).write_text(str(len((working.parent / "copy" / "copied").read_text())))
+
+    return [
+        Stage("write", 1, {"write.text": text}, (), write),
+        Stage("copy", 1, {"copy.steps": num_steps}, ("write",), copy, resumable=True),
+        Stage("count", 1, {"count.label": label}, ("copy",), count, derived=True),
+    ]
+
+
+def run_into(
+    output: Path,
+    stages: Sequence[Stage],
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    folders = {stage.name: StageFolder(output / stage.name) for stage in stages}
+    run_stages(stages, folders, output / ".lock", overwrite=overwrite, say=say)
+
+
+def die_before_change(number: int) -> None:
+    """Let this process be killed just before its n-th change of a name on disk."""
+    changes = iter(range(1, number))
+
+    def audit(event: str, args: tuple[object, ...]) -> None:
+        if event in ("os.rename", "os.remove", "os.rmdir") and next(changes, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+
+
+def die_at_every_change(output: Path) -> None:
+    """Runs in ``output / "1"``, ``output / "2"``, ..., up to the first that lives to its end."""
+    for number in itertools.count(1):
+        child = os.fork()
+        if child == 0:
+            die_before_change(number)
+            run_into(output / str(number), stages())
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -signal.SIGKILL:
+            return
+
+
+if __name__ == "__main__":
+    folder, stop = sys.argv[1:]
+    if stop == "every change":
+        die_at_every_change(Path(folder))
+    else:
+        run_into(Path(folder), stages(stop=stop))
+    sys.exit()
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "one"
+
+
+def run(output: Path, *, overwrite: bool = False, **recipe) -> list[str]:
+    """What the run says, without durations."""
+    lines: list[str] = []
+    run_into(output, stages(**recipe), overwrite=overwrite, say=lines.append)
+    return [line.partition(",")[0] for line in lines]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def results(output: Path) -> dict[str, str]:
+    """The content of all results, without records (which hold times) and the lock."""
+    aside = {RECORD, ".lock"}
+    return {name: text for name, text in tree(output).items() if Path(name).name not in aside}
+
+
+ALL = ["write: starts", "write: done", "copy: starts", "copy: done", "count: starts", "count: done"]
+NOTHING = ["write: already done", "copy: already done", "count: already done"]
+RESULTS = {"write/text": "ab", "copy/steps": "0123", "copy/copied": "ab" * 4, "count/n": "8"}
+
+
+def test_runs_once(output) -> None:
+    assert run(output) == ALL
+    before = tree(output)
+    assert results(output) == RESULTS | {"log": "0123"}
+    assert run(output) == NOTHING
+    assert tree(output) == before
+
+
+def test_record_says_what_the_folder_holds(output) -> None:
+    run(output)
+    record = json.loads((output / "copy" / RECORD).read_text())
+    write = json.loads((output / "write" / RECORD).read_text())
+    assert record["ingredients"] == {"copy.steps": 4}
+    assert record["reads"] == {"write": write["fingerprint"]}
+    assert record["files"] == {"copied": 8, "steps": 4}
+    assert record["attempts"] == 1
+    assert {"neft", "torch", "transformers"} <= record["packages"].keys()
+
+
+def test_a_moved_run_is_still_done(output, tmp_path) -> None:
+    run(output)
+    moved = output.rename(tmp_path / "moved")
+    assert run(moved) == NOTHING
+
+
+@pytest.mark.parametrize("name", ["write", "copy", "count"])
+def test_a_removed_stage_is_made_again(output, name) -> None:
+    run(output)
+    before = results(output)
+    for path in (output / name).iterdir():
+        path.unlink()
+    (output / name).rmdir()
+    said = run(output)
+    assert [line for line in said if "already" not in line] == [f"{name}: starts", f"{name}: done"]
+    assert results(output).items() >= (before.items() - {("log", "0123")})
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("a")])
+def test_a_damaged_stage_is_made_again(output, damage) -> None:
+    run(output)
+    damage(output / "copy" / "copied")
+    assert StageFolder(output / "copy").state() is State.DAMAGED
+    run(output)
+    assert results(output).items() >= RESULTS.items()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lines", "lost"),
+    [
+        ({"text": "abc"}, ["  write.text is ab there, abc in this recipe"], ["write", "copy"]),
+        ({"num_steps": 2}, ["  copy.steps is 4 there, 2 in this recipe"], ["copy"]),
+        (
+            {"num_steps": 2, "label": "m", "text": "a"},
+            [
+                "  write.text is ab there, a in this recipe",
+                "  copy.steps is 4 there, 2 in this recipe",
+            ],
+            ["write", "copy"],
+        ),
+    ],
+)
+def test_results_of_another_recipe_are_kept(output, recipe, lines, lost) -> None:
+    run(output)
+    before = tree(output)
+    with pytest.raises(UsageError) as caught:
+        run(output, **recipe)
+    assert str(caught.value).splitlines() == [
+        "Results of another recipe are in the way:",
+        *[f"  {output / name}" for name in lost],
+        "The recipes differ:",
+        *lines,
+        "Choose another output folder, or replace these results with --overwrite.",
+    ]
+    assert tree(output) == before
+
+
+def test_overwrite_replaces_what_differs(output) -> None:
+    run(output)
+    assert run(output, num_steps=2, overwrite=True) == ["write: already done", *ALL[2:]]
+    assert results(output) == {
+        "write/text": "ab",
+        "copy/steps": "01",
+        "copy/copied": "abab",
+        "count/n": "4",
+        "log": "012301",
+    }
+
+
+def test_derived_stage_is_replaced_without_asking(output) -> None:
+    run(output)
+    assert run(output, label="m") == [*NOTHING[:2], *ALL[4:]]
+    assert not (output / "count" / "n").exists()
+    assert (output / "count" / "m").read_text() == "8"
+
+
+def test_a_new_version_of_a_stage_is_another_recipe(output, monkeypatch) -> None:
+    run(output)
+    changed = [Stage("write", 2, {"write.text": "ab"}, (), print), *stages()[1:]]
+    with pytest.raises(
+        UsageError, match="version 1 of stage write there, version 2 in this release"
+    ):
+        run_into(output, changed)
+
+
+def test_foreign_folder_is_never_touched(output) -> None:
+    mine = output / "copy" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"copy: is in the way: no stage of a run made it"):
+            run(output, overwrite=overwrite)
+    assert tree(output) == {"copy/thesis.txt": "years of work"}
+
+
+def test_old_results_stay_until_new_ones_are_finished(output) -> None:
+    run(output)
+    broken = stages(num_steps=2)
+
+    def fail(working: Path) -> None:
+        raise RunError("no space left")
+
+    broken[1] = Stage("copy", 1, {"copy.steps": 2}, ("write",), fail, resumable=True)
+    with pytest.raises(RunError):
+        run_into(output, broken, overwrite=True)
+    assert results(output).items() >= RESULTS.items()
+
+
+def test_failed_stage_leaves_nothing(output) -> None:
+    def fail(working: Path) -> None:
+        (working / "half").write_text("half")
+        raise RunError("broken")
+
+    with pytest.raises(RunError, match="broken"):
+        run_into(output, [Stage("write", 1, {}, (), fail)])
+    assert not output.exists()
+
+
+# Killed
+
+
+def start(output: Path, stop: str) -> subprocess.Popen[str]:
+    """A run in another process, which has got to ``stop``."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(output), stop], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_killed_run_goes_on_where_it_was(output, step) -> None:
+    kill(start(output, f"copy:{step}"))
+    assert StageFolder(output / "copy").state() is State.PARTIAL
+    assert run(output) == [
+        "write: already done",
+        "copy: continues",
+        "copy: done",
+        "count: starts",
+        "count: done",
+    ]
+    # The log shows that no step was done twice.
+    assert results(output) == RESULTS | {"log": "0123"}
+
+
+def test_killed_at_any_moment(tmp_path) -> None:
+    subprocess.run([sys.executable, __file__, str(tmp_path), "every change"], check=True)
+    outputs = list(tmp_path.iterdir())
+    assert len(outputs) > 10
+    for output in outputs:
+        run(output)
+        assert results(output) == RESULTS | {"log": "0123"}
+        assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+
+
+def test_killed_overwrite_ends_with_the_new_results(output) -> None:
+    run(output, text="old", label="n")
+    (output / "write").rename(output / ".write.replaced")  # where the kill came between two renames
+    StageFolder(output / "write").begin(record_of(stages()[0], {}), resume=False)
+    working = output / ".write.partial"
+    (working / "text").write_text("ab")
+    finished = json.loads((working / STARTED).read_text()) | {"files": {"text": 2}}
+    (working / RECORD).write_text(json.dumps(finished))
+    assert run(output, overwrite=True)[0] == "write: already done"
+    assert results(output).items() >= RESULTS.items()
+    assert not (output / ".write.replaced").exists()
+
+
+def test_interrupted_work_of_another_recipe_is_kept(output) -> None:
+    kill(start(output, "copy:2"))
+    before = results(output)
+    with pytest.raises(UsageError, match=r"copy\.steps is 4 there, 3 in this recipe"):
+        run(output, num_steps=3)
+    assert results(output) == before
+    run(output, num_steps=3, overwrite=True)
+    assert (output / "copy" / "steps").read_text() == "012"
+
+
+def test_attempt_that_left_nothing_is_nobodys(output) -> None:
+    kill(start(output, "copy:0"))
+    run(output, num_steps=3)
+    assert (output / "copy" / "steps").read_text() == "012"
+
+
+def test_attempts_are_counted(output) -> None:
+    kill(start(output, "copy:1"))
+    kill(start(output, "copy:3"))
+    run(output)
+    record = StageFolder(output / "copy").finished()
+    assert record is not None
+    assert record.attempts == 3
+
+
+# One at a time
+
+
+def test_second_process_is_refused(output) -> None:
+    first = start(output, "copy:1")
+    before = tree(output)
+    assert is_locked(output / ".lock")
+    with pytest.raises(RunError, match=rf"another process \(id {first.pid}\) is working here"):
+        run(output)
+    assert tree(output) == before
+    kill(first)
+    assert not is_locked(output / ".lock")
+    assert run(output)[1] == "copy: continues"
+
+
+def test_lock_is_gone_after_a_failure(tmp_path) -> None:
+    def fail_locked() -> None:
+        with locked(tmp_path / "new" / ".lock"):
+            raise RunError("broken")
+
+    with pytest.raises(RunError):
+        fail_locked()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_look_at_the_lock_does_not_stop_a_run(output) -> None:
+    import fcntl
+    import threading
+
+    output.mkdir(parents=True)
+    with (output / ".lock").open("w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        threading.Timer(0.1, look.close).start()
+        assert run(output) == ALL
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.96, "10.0 s"),
+        (59.6, "1 min 0 s"),
+        (61, "1 min 1 s"),
+        (3599.7, "1 h 0 min"),
+        (7830, "2 h 10 min"),
+    ],
+)
+def test_duration(seconds, text) -> None:
+    assert duration(seconds) == text

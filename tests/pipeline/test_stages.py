@@ -1,0 +1,118 @@
+"""Which stages a recipe has, and which of them a change of the recipe or its files touches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neft.pipeline.run import _planned
+from neft.pipeline.stages import stage_names, stages_of
+from neft.recipe import Recipe
+
+ALL = ["prepare", "baseline", "warmup", "score", "select", "train", "evaluate"]
+LEARNING = ["prepare", "warmup", "score", "select", "train", "evaluate"]
+
+
+@pytest.fixture
+def fields(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "model").mkdir()
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl", "model/config.json"):
+        (tmp_path / name).write_text(name)
+    return {
+        "output": "run",
+        "model": {"path": str(tmp_path / "model")},
+        "data": {
+            "task": "translation",
+            "source_language": "English",
+            "target_language": "French",
+            **{split: str(tmp_path / f"{split}.jsonl") for split in ("train", "dev", "test")},
+        },
+        "warmup": {"learning_rate": 1e-5, "steps": 10},
+        "score": {},
+        "select": {"percent": 9},
+        "train": {"learning_rate": 1e-3, "steps": 10},
+        "evaluate": {},
+    }
+
+
+def fingerprints(fields: dict[str, Any]) -> dict[str, str]:
+    planned = _planned(stages_of(Recipe.model_validate(fields)))
+    return {name: record.fingerprint for name, record in planned.items()}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return [name for name in ALL if before[name] != after[name]]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "touched"),
+    [
+        ("output", "elsewhere", ["prepare"]),
+        ("seed", 1, LEARNING),
+        ("model.dtype", "bfloat16", ALL),
+        ("model.attn_implementation", "eager", ALL),
+        ("data.source_language", "German", ALL),
+        ("data.style", "plain", ALL),
+        ("data.template", "{source}", ALL),
+        ("data.max_length", 512, LEARNING),
+        ("data.overlong", "truncate", LEARNING),
+        ("data.train_limit", 5, LEARNING),
+        ("data.dev_limit", 5, LEARNING),
+        ("data.test_limit", 5, ["prepare", "baseline", "evaluate"]),
+        ("warmup.learning_rate", 2e-5, LEARNING),
+        ("warmup.evaluate_every", 5, LEARNING),
+        ("warmup.report_to", ["tensorboard"], ["prepare"]),
+        ("score.modules", ["down"], ["prepare", "score", "select", "train", "evaluate"]),
+        ("select.percent", 6, ["prepare", "select", "train", "evaluate"]),
+        ("select.which", "random", ["prepare", "select", "train", "evaluate"]),
+        ("train.learning_rate", 2e-3, ["prepare", "train", "evaluate"]),
+        ("train.batch_size", 4, ["prepare", "train", "evaluate"]),
+        ("train.report_to", ["tensorboard"], ["prepare"]),
+        ("evaluate.max_new_tokens", 4, ["prepare", "baseline", "evaluate"]),
+        ("evaluate.lowercase", True, ["prepare", "baseline", "evaluate"]),
+    ],
+)
+def test_change_of_a_field(fields, place, value, touched) -> None:
+    before = fingerprints(fields)
+    *sections, key = place.split(".")
+    section = fields
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    assert changed(before, fingerprints(fields)) == touched
+
+
+@pytest.mark.parametrize(
+    ("name", "touched"),
+    [
+        ("train.jsonl", LEARNING),
+        ("dev.jsonl", LEARNING),
+        ("test.jsonl", ["prepare", "baseline", "evaluate"]),
+        ("model/config.json", ALL),
+        ("model/README.md", []),
+    ],
+)
+def test_change_of_a_file(fields, tmp_path, name, touched) -> None:
+    before = fingerprints(fields)
+    (tmp_path / name).write_text("something else")
+    assert changed(before, fingerprints(fields)) == touched
+
+
+def test_same_files_elsewhere(fields, tmp_path) -> None:
+    before = fingerprints(fields)
+    for name in ("model", "train.jsonl", "dev.jsonl", "test.jsonl"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    fields["model"]["path"] = str(tmp_path / "moved-model")
+    for split in ("train", "dev", "test"):
+        fields["data"][split] = str(tmp_path / f"moved-{split}.jsonl")
+    assert changed(before, fingerprints(fields)) == ["prepare"]
+
+
+def test_method_without_neurons_has_no_stages_for_them(fields) -> None:
+    fields["train"]["method"] = "full"
+    del fields["warmup"], fields["select"]
+    names = ["prepare", "baseline", "train", "evaluate"]
+    assert stage_names(Recipe.model_validate(fields)) == names
+    assert list(fingerprints(fields)) == names

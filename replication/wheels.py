@@ -33,8 +33,15 @@ class Wheel:
 
 
 def read_lock(path: Path) -> list[Wheel]:
-    """The pinned wheels of a lock file (a JSON list)."""
-    return [Wheel(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
+    """The pinned wheels of a lock file: a JSON list of objects with the fields of ``Wheel``.
+
+    Raises:
+        DataError: the file cannot be read, or is something else.
+    """
+    try:
+        return [Wheel(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a list of pinned wheels: {error}") from error
 
 
 def fetch_wheels(wheels: Sequence[Wheel], cache: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,12 @@ from typer.testing import CliRunner, Result
 import neft
 from neft.cli import app
 from neft.neurons import Axis, NeuronScores, NeuronSet, Projection
+from neft.pipeline.store import locked
+
+# PEFT 0.21 reads an alias that transformers 5.23 deprecates.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 def call(*arguments: object) -> Result:
@@ -165,7 +172,7 @@ def test_select_random(scores, tmp_path) -> None:
         (["--percent", "0"], "percent is 0"),
         (["--percent", "-1"], "percent is -1"),
         (["--percent", "nan"], "percent is nan"),
-        (["--percent", "19"], "percent is 19, but the scored projections hold only 18%"),
+        (["--percent", "19"], "percent is 19, but the scored projections hold only 18"),
         (["--count", "19"], "count is 19"),
         ([], "by percent or by count"),
         (["--percent", "1", "--count", "1"], "by percent or by count"),
@@ -293,3 +300,189 @@ def test_status_of_no_run(tmp_path) -> None:
     result = call("status", tmp_path)
     assert result.exit_code == 2
     assert f"{tmp_path}: no folder of a run" in result.stderr
+
+
+# A whole run, and its parts alone
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_recipe, tmp_path_factory) -> tuple[Path, Result]:
+    """The folder of a recipe that has run, and what the command printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = call("run", tiny_recipe(folder))
+    assert result.exit_code == 0, result.stderr
+    return folder, result
+
+
+def test_run_prints_results_on_stdout_and_what_happens_on_stderr(finished) -> None:
+    folder, result = finished
+    for shown in ("base", "NeFT", "BLEU", "chrF", "trained parameters", "13a", "TEST 4"):
+        assert shown in result.stdout
+    assert result.stdout.endswith(f"adapter: {folder / 'run' / 'train' / 'adapter'}\n")
+    assert "warmup: starts\n" in result.stderr
+    assert "\x1b" not in result.output
+
+
+def test_run_again(finished) -> None:
+    folder, result = finished
+    again = shell("run", folder / "recipe.yaml")
+    assert again.returncode == 0
+    assert again.stdout == result.stdout
+    assert [line.partition(",")[0] for line in again.stderr.splitlines()] == [
+        f"{stage}: already done"
+        for stage in ("prepare", "baseline", "warmup", "score", "select", "train", "evaluate")
+    ]
+
+
+def test_finished_run_needs_nothing_heavy(finished) -> None:
+    folder, _ = finished
+    script = (
+        "import sys; from neft.cli import app\n"
+        "try: app(['run', sys.argv[1]])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script, str(folder / "recipe.yaml")], check=True)
+
+
+def test_status(finished) -> None:
+    folder, _ = finished
+    stages = json.loads(call("status", folder / "run", "--json").stdout)
+    assert [stage["stage"] for stage in stages][-1] == "evaluate"
+    assert {stage["state"] for stage in stages} == {"done"}
+    assert all(stage["num_bytes"] > 0 for stage in stages)
+    shown = call("status", folder / "run").stdout
+    assert shown.count("done") == len(stages)
+
+
+def test_another_recipe_is_refused(finished) -> None:
+    folder, _ = finished
+    result = call("run", folder / "recipe.yaml", "--set", "train.learning_rate=0.5")
+    assert result.exit_code == 2
+    assert f"  {folder / 'run' / 'train'}\n" in result.stderr
+    assert "train.learning_rate is 0.1 there, 0.5 in this recipe" in result.stderr
+    assert "--overwrite" in result.stderr
+
+
+def test_run_at_work_is_refused(tiny_recipe, tmp_path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    with locked(tmp_path / "run" / ".lock"):
+        result = call("run", recipe)
+    assert result.exit_code == 1
+    assert "is working here" in result.stderr
+
+
+def test_diverging_run_fails(tiny_recipe, tmp_path) -> None:
+    recipe = tiny_recipe(tmp_path, **{"warmup.learning_rate": 1e38})
+    result = call("run", recipe)
+    assert result.exit_code == 1, result.stderr
+    assert "tep" in result.stderr.splitlines()[-1]
+    stages = json.loads(call("status", tmp_path / "run", "--json").stdout)
+    assert {stage["stage"]: stage["state"] for stage in stages}["baseline"] == "done"
+
+
+def test_score_and_select_alone(finished, tmp_path) -> None:
+    folder, _ = finished
+    scores, neurons = tmp_path / "scores.safetensors", tmp_path / "neurons.json"
+    models = folder / "model", folder / "run" / "warmup" / "model"
+    assert call("score", *models, "-o", scores).exit_code == 0
+    assert call("select", scores, "--percent", 9, "-o", neurons).exit_code == 0
+    assert NeuronSet.load(neurons) == NeuronSet.load(folder / "run" / "select" / "neurons.json")
+
+
+def test_score_of_other_modules(finished, tmp_path) -> None:
+    folder, _ = finished
+    scores = tmp_path / "scores.safetensors"
+    models = folder / "model", folder / "run" / "warmup" / "model"
+    assert (
+        call("score", *models, "-o", scores, "--modules", "o", "--modules", "*.q_proj").exit_code
+        == 0
+    )
+    assert {p.role for p in NeuronScores.load(scores).projections.values()} == {"o", "q"}
+    refused = call("score", *models, "-o", tmp_path / "none", "--modules", "qkv")
+    assert refused.exit_code == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_train_alone(finished, tmp_path) -> None:
+    folder, _ = finished
+    neurons = folder / "run" / "select" / "neurons.json"
+    arguments = ["train", folder / "recipe.yaml", "--neurons", neurons, "-o", tmp_path / "mine"]
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    weights = "adapter/adapter_model.safetensors"
+    expected = (folder / "run" / "train" / weights).read_bytes()
+    assert (tmp_path / "mine" / weights).read_bytes() == expected
+    assert result.stdout.splitlines() == [str(tmp_path / "mine" / "adapter")]
+    assert "mine: already done" in call(*arguments).stderr
+
+
+def test_train_refuses_neurons_of_another_model(finished, scores, tmp_path) -> None:
+    folder, _ = finished
+    call("select", scores, "--count", 3, "-o", tmp_path / "neurons.json")
+    before = files(tmp_path)
+    arguments = ["--neurons", tmp_path / "neurons.json", "-o", tmp_path / "mine"]
+    result = call("train", folder / "recipe.yaml", *arguments)
+    assert result.exit_code == 2
+    assert "layers.1.up" in result.stderr
+    assert files(tmp_path) == before
+    assert call("train", folder / "recipe.yaml", "-o", tmp_path / "mine").exit_code == 2
+    assert files(tmp_path) == before
+
+
+def predictions(folder: Path) -> list[str]:
+    return (folder / "predictions.jsonl").read_text().splitlines()
+
+
+def test_evaluate_alone(finished, tmp_path) -> None:
+    """The base, the adapter on it, and both merged, as in the run."""
+    folder, _ = finished
+    recipe, adapter = folder / "recipe.yaml", folder / "run" / "train" / "adapter"
+    assert call("merge", adapter, "-o", tmp_path / "merged").exit_code == 0
+    for name, stage, options in (
+        ("base", "baseline", []),
+        ("tuned", "evaluate", ["--adapter", adapter]),
+        ("plain", "evaluate", ["--model", tmp_path / "merged"]),
+    ):
+        result = call("evaluate", recipe, "-o", tmp_path / name, "--json", *options)
+        assert result.exit_code == 0, result.stderr
+        assert predictions(tmp_path / name) == predictions(folder / "run" / stage)
+        expected = json.loads((folder / "run" / stage / "scores.json").read_text())
+        assert json.loads(result.stdout)["scores"] == expected["scores"]
+    shown = call("evaluate", recipe, "-o", tmp_path / "base").stdout
+    assert "BLEU" in shown
+    assert str(tmp_path / "base" / "predictions.jsonl") in shown
+
+
+def test_evaluate_other_data(finished, tmp_path) -> None:
+    folder, _ = finished
+    row = {"source": "one", "target": "ONE"}
+    (tmp_path / "other.jsonl").write_text(json.dumps(row))
+    options = ["--data", tmp_path / "other.jsonl", "-o", tmp_path / "out"]
+    assert call("evaluate", folder / "recipe.yaml", *options).exit_code == 0
+    assert [json.loads(line)["reference"] for line in predictions(tmp_path / "out")] == ["ONE"]
+
+
+def test_evaluate_refuses_a_torn_adapter(finished, tmp_path) -> None:
+    folder, _ = finished
+    adapter = shutil.copytree(folder / "run" / "train" / "adapter", tmp_path / "adapter")
+    torn(adapter / "adapter_model.safetensors")
+    before = files(tmp_path)
+    options = ["--adapter", adapter, "-o", tmp_path / "out"]
+    result = call("evaluate", folder / "recipe.yaml", *options)
+    assert result.exit_code == 2
+    assert str(adapter) in result.stderr
+    assert files(tmp_path) == before
+
+
+def test_info_of_adapter(finished) -> None:
+    folder, _ = finished
+    adapter = folder / "run" / "train" / "adapter"
+    info = json.loads(call("info", adapter, "--json").stdout)
+    neurons = NeuronSet.load(folder / "run" / "select" / "neurons.json")
+    assert info["kind"] == "adapter"
+    assert info["method"] == "NEFT"
+    assert info["num_neurons"] == len(neurons)
+    assert info["base_model"] == str(folder / "model")
+    assert "num neurons" in call("info", adapter).stdout

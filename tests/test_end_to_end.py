@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from neft.sft.data import load_examples
 from neft.sft.prompts import prompt_ids
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "replication"))
 
 pytestmark = pytest.mark.real
 

@@ -214,8 +214,7 @@ def train(
     from neft.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings or ())
-    run.train(loaded, neurons, output, overwrite=overwrite, say=say)
-    typer.echo(output)
+    typer.echo(run.train(loaded, neurons, output, overwrite=overwrite, say=say))
 
 
 @_command

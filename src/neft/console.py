@@ -64,7 +64,7 @@ def show_results(results: Results, run: Path) -> None:
         "development loss", "-", f"{results.best_dev_loss:.4f} (step {results.best_step})"
     )
     table.add_row("steps", "-", f"{results.num_steps} x {results.seconds_per_step:.2f} s")
-    table.add_row("size on disk", "-", f"{results.artifact_megabytes:.1f} MB")
+    table.add_row(f"size of the {Path(results.artifact).name}", "-", size(results.artifact_bytes))
     console.print(table)
     for metric, score in results.trained.items():
         console.print(f"{metric}: {score.signature}", soft_wrap=True)

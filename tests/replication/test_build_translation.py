@@ -308,6 +308,14 @@ def test_a_finished_build_is_not_repeated_but_a_changed_one_is(tmp_path, lock):
     assert (folder / "dev.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("torn", ["", '{"files": {', "{}"])
+def test_a_torn_report_finishes_nothing(tmp_path, lock, torn):
+    report = build(tmp_path / "out", lock)
+    (tmp_path / "out" / "report.json").write_text(torn)
+    assert build(tmp_path / "out", lock) == report
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == report
+
+
 def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path, lock, monkeypatch):
     class Killed(BaseException):
         pass

@@ -53,6 +53,15 @@ def test_a_wheel_that_pip_cannot_find(tmp_path, index):
         fetch_wheels([wheel], tmp_path / "cache")
 
 
+@pytest.mark.parametrize("content", [None, "[", "{}x", '[{"requirement": "toy==1.0"}]', "[1]"])
+def test_what_is_no_lock_file(tmp_path, content):
+    path = tmp_path / "some.lock.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=r"some\.lock\.json: not a list of pinned wheels: "):
+        read_lock(path)
+
+
 def test_the_lock_of_the_project_is_complete():
     from build_translation import LOCK
 

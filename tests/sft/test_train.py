@@ -256,55 +256,146 @@ def test_loss_is_that_of_the_whole_projection(
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
+@pytest.fixture(scope="module")
+def calm(
+    tiny_model: TinyModel, tiny_tokenizer: TinyTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> ModelSection:
+    """A model without dropout, to compare with what must give the same."""
+    folder = tmp_path_factory.mktemp("calm")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return ModelSection(path=str(folder))
+
+
+def test_run_is_a_plain_loop(calm: ModelSection, data: DataSection, tmp_path: Path) -> None:
+    """AdamW with decay of matrices only, clipping, and a linear schedule, written out."""
+    steps, warmup, rate, decay, norm = 6, 2, 1e-2, 0.5, 0.05
+    few = data.model_copy(update={"train_limit": 4})
+    result = train(
+        calm,
+        few,
+        TrainingSection(
+            learning_rate=rate,
+            steps=steps,
+            batch_size=4,
+            warmup_steps=warmup,
+            weight_decay=decay,
+            max_grad_norm=norm,
+        ),
+        method="full",
+        folder=tmp_path,
+    )
+
+    model = load_model(calm)
+    encoded = encode_all(load_examples(few, "train"), load_tokenizer(calm), few)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0}]
+    )
+    for step in range(steps):
+        total, count = torch.zeros(()), 0
+        for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True):
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+            total = total + F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum")
+            count += sum(label != -100 for label in labels)
+        loss = total / count
+        loss.backward()
+        gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+        now = rate * min(step / warmup, (steps - step) / (steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = now
+        optimizer.step()
+        optimizer.zero_grad()
+        assert result.history["train"][step] == pytest.approx(
+            {
+                "step": step + 1,
+                "loss": loss.item(),
+                "grad_norm": gradient.item(),
+                "learning_rate": now,
+            },
+            rel=1e-4,
+        )
+    weights = weights_of(result)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.data, msg=name, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rates"),
+    [
+        ("cosine", [0.0, 0.5, 1.0, 0.75, 0.25]),
+        ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("constant_with_warmup", [0.0, 0.5, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules(scheduler: str, rates: list[float], run: Run, tmp_path: Path) -> None:
+    result = run(tmp_path, learning_rate=1.0, steps=5, scheduler=scheduler, evaluate_every=5)
+    logged = [entry["learning_rate"] for entry in result.history["train"]]
+    assert logged == pytest.approx(rates)
+
+
 def test_accumulated_batches_are_one_batch(
-    tiny_model: TinyModel, tiny_tokenizer: TinyTokenizer, data: DataSection, tmp_path: Path
+    calm: ModelSection, data: DataSection, tmp_path: Path
 ) -> None:
     """The target tokens of a step count alike, in whichever batch they are."""
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
     weights = []
     for batch_size, accumulation in ((8, 1), (1, 8)):
-        result = train(
-            ModelSection(path=str(tmp_path / "model")),
-            data,
-            TrainingSection(
-                learning_rate=1e-2,
-                warmup_steps=0,
-                steps=1,
-                batch_size=batch_size,
-                gradient_accumulation=accumulation,
-            ),
-            method="full",
-            folder=tmp_path / str(batch_size),
+        options = TrainingSection(
+            learning_rate=1e-2,
+            warmup_steps=0,
+            steps=1,
+            batch_size=batch_size,
+            gradient_accumulation=accumulation,
         )
+        result = train(calm, data, options, method="full", folder=tmp_path / str(batch_size))
         weights.append(weights_of(result))
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], msg=name, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_checkpointing_changes_nothing(method: str, run: Run, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = run(tmp_path / "plain", method, steps=3)
+    trainers: list[TargetTrainer] = []
+    make = training._trainer
+    monkeypatch.setattr(
+        training, "_trainer", lambda *args: trainers.append(make(*args)) or trainers[0]
+    )
     again = run(tmp_path / "again", method, steps=3, gradient_checkpointing=True)
+    assert any(getattr(m, "gradient_checkpointing", False) for m in trainers[0].model.modules())
     assert_same(plain, again)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_sixteen_bits_train_float32_weights(
-    method: str, base: ModelSection, data: DataSection, neurons: NeuronSet, tmp_path: Path
+def test_sixteen_bits_compute_and_float32_learns(
+    method: str, calm: ModelSection, data: DataSection, neurons: NeuronSet, tmp_path: Path
 ) -> None:
-    result = train(
-        base.model_copy(update={"dtype": "bfloat16"}),
-        data,
-        TrainingSection(learning_rate=1e-3, steps=2, warmup_steps=0),
-        method=method,
-        neurons=neurons if method == "neft" else None,
-        folder=tmp_path,
-    )
-    weights = weights_of(result)
+    options = TrainingSection(learning_rate=1e-3, steps=2, warmup_steps=0)
+    chosen = neurons if method == "neft" else None
+    results = {
+        dtype: train(
+            calm.model_copy(update={"dtype": dtype}),
+            data,
+            options,
+            method=method,
+            neurons=chosen,
+            folder=tmp_path / dtype,
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    # Not the same loss, but nearly.
+    losses = {dtype: result.best_dev_loss for dtype, result in results.items()}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
+    weights = weights_of(results["bfloat16"])
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     # Values that 16 bits cannot hold.
-    assert any((tensor != tensor.bfloat16()).any() for tensor in weights.values())
+    assert all(
+        (tensor != tensor.bfloat16()).any() for name, tensor in weights.items() if tensor.dim() == 2
+    )
 
 
 def test_seed_decides(run: Run, tmp_path: Path) -> None:

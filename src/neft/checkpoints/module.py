@@ -24,19 +24,23 @@ class ModuleWeights(WeightSource):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.network = as_module(module)
-        config = getattr(self.network, "config", None)
+        self._network = as_module(module)
+        config = getattr(self._network, "config", None)
         origin = getattr(config, "name_or_path", "")
-        self.label = type(self.network).__name__ + (f" ({origin})" if origin else "")
+        self.label = type(self._network).__name__ + (f" ({origin})" if origin else "")
         self.config_path = None
         # NeFT adapters take their vectors out of the base weights when a state dict is made.
-        states = self.network.state_dict(keep_vars=True)
-        names = dict(_plain_parameters(self.network))
+        states = self._network.state_dict(keep_vars=True)
+        names = dict(_plain_parameters(self._network))
         self._parameters: Mapping[str, Tensor] = {name: states[key] for key, name in names.items()}
         self.tensors = {
             name: TensorInfo(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
             for name, parameter in self._parameters.items()
         }
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network
 
     @property
     def num_parameters(self) -> int:

@@ -33,9 +33,15 @@ class WeightSource(ABC):
     """Every tensor by name; knowing them takes no reading of weights."""
     config_path: Path | None
     """The model's ``config.json``, where there is one."""
-    network: nn.Module
-    """The model's modules, for names and shapes: weights may be without data. Where it is built from
-    ``config_path``, errors in that come up here."""
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The model's modules, for names and shapes; its weights may be without data.
+
+        Raises:
+            CheckpointError: there is no usable ``config.json`` to build it from.
+        """
 
     @abstractmethod
     def _read(self, name: str) -> Tensor: ...
@@ -85,7 +91,7 @@ class WeightSource(ABC):
         """Number of parameters of the whole model; tied weights count once.
 
         Raises:
-            CheckpointError: nothing says what the model is.
+            CheckpointError: as ``network``.
         """
         return sum(parameter.numel() for parameter in self.network.parameters())
 

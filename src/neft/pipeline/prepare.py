@@ -27,9 +27,14 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     Raises:
         UsageError: what would otherwise stop the run later.
     """
+    from neft.sft.train import check_machine
+
     if recipe.data.task != "classification":
         bleu_tokenizer(recipe.data.target_language)
-    summary = _check_model(recipe) | _check_data(recipe)
+    for options in (recipe.warmup, recipe.train):
+        if options is not None:
+            check_machine(recipe.model, options)
+    summary = _check_data(recipe) | _check_model(recipe)
     write_json(folder / SUMMARY, summary)
     write_text(folder / RECIPE, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 

@@ -13,6 +13,7 @@ from neft.files import write_json
 from neft.pipeline.evaluate import PREDICTIONS, read_evaluation, read_predictions
 
 RESULTS = "results.json"
+TRAINING = "training.json"
 _NUM_SAMPLES = 3
 
 
@@ -46,8 +47,7 @@ class Results:
     seconds_per_step: float
     artifact: str
     """The adapter or model that was trained, relative to the folder of the run."""
-    artifact_megabytes: float
-    """In units of 10^6 bytes."""
+    artifact_bytes: int
     samples: tuple[Sample, ...]
     """Spread evenly over the test split, so that nobody chose them."""
 
@@ -66,8 +66,8 @@ def collect_results(method: str, baseline: Path, train: Path, evaluation: Path) 
         train: folder of the training run.
         evaluation: folder of the trained model's evaluation.
     """
-    training = _read_object(train / "training.json")
-    artifact = train / training["result"]
+    training = _read_object(train / TRAINING)
+    artifact = trained_artifact(train)
     num_bytes = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
     trained = read_evaluation(evaluation)
     results = Results(
@@ -76,12 +76,18 @@ def collect_results(method: str, baseline: Path, train: Path, evaluation: Path) 
         base=read_evaluation(baseline).scores,
         trained=trained.scores,
         artifact=f"{train.name}/{artifact.name}",
-        artifact_megabytes=round(num_bytes / 1e6, 3),
+        artifact_bytes=num_bytes,
         samples=_samples(baseline, evaluation),
         **{name: training[name] for name in _FROM_TRAINING},
     )
     write_json(evaluation / RESULTS, asdict(results))
     return results
+
+
+def trained_artifact(train: Path) -> Path:
+    """The adapter or model in the folder of a finished training run."""
+    name: str = _read_object(train / TRAINING)["result"]
+    return train / name
 
 
 _FROM_TRAINING = (

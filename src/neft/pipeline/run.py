@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from neft.errors import UsageError
 from neft.pipeline.evaluate import Evaluation, read_evaluation
-from neft.pipeline.results import RESULTS, Results, read_results
+from neft.pipeline.results import RESULTS, Results, read_results, trained_artifact
 from neft.pipeline.stage import Stage
 from neft.pipeline.stages import evaluation_stage, stages_of, training_stage
 from neft.pipeline.store import Record, StageFolder, State, differences, locked, record_of
@@ -46,10 +46,15 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Say) -> Results:
 
 def train(
     recipe: Recipe, neurons: Path | None, folder: Path, *, overwrite: bool = False, say: Say
-) -> None:
-    """Only train, with the neurons of a file; errors and resumption as in ``run``."""
+) -> Path:
+    """Only train, with the neurons of a file; errors and resumption as in ``run``.
+
+    Returns:
+        The adapter or model in ``folder``.
+    """
     folder = folder.expanduser().resolve()
     _run_alone(training_stage(folder.name, recipe, neurons), folder, overwrite=overwrite, say=say)
+    return trained_artifact(folder)
 
 
 def evaluate(

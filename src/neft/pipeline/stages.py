@@ -165,10 +165,13 @@ def _warmup(recipe: Recipe, content: _Content) -> Stage:
 
 def _score(recipe: Recipe, content: _Content) -> Stage:
     def run(working: Path) -> None:
-        from neft.scoring import score_neurons
+        from neft.checkpoints import open_weights
+        from neft.scoring import METHODS
 
-        tuned = _folder(recipe, "warmup") / "model"
-        score_neurons(recipe.model.path, tuned, recipe.score.modules).save(working / SCORES)
+        before = open_weights(recipe.model.path, recipe.model.revision)
+        after = open_weights(_folder(recipe, "warmup") / "model")
+        scores = METHODS[recipe.score.method](before, after, recipe.score.modules)
+        scores.save(working / SCORES)
 
     ingredients = content.model | content.section("score")
     return Stage("score", 1, ingredients, ("warmup",), run, derived=True)

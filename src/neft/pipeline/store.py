@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,7 @@ def _sync_all(folder: Path) -> None:
         sync(path)
 
 
+@cache
 def _package_versions() -> dict[str, str]:
     names = ("neft", "torch", "transformers", "peft", "trl", "datasets", "sacrebleu")
     return {name: version(name) for name in names}

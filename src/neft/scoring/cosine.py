@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from neft.errors import CheckpointError
 from neft.neurons import Axis, NeuronScores, PathLike, Projection
 from neft.projections import find_projections
 from neft.scoring.distance import LARGEST, cosine_distances, scoring_threads
+from neft.scoring.rounding import Rounding, find_rounding
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,8 +46,8 @@ def score_neurons(
     are float64 whatever the dtypes, and the result is ``1 - cos`` without cancellation.
 
     Args:
-        before: the original model M_Org: a checkpoint folder of safetensors with its ``config.json``, a Hub
-            id, a module, or what ``open_weights`` returned.
+        before: the original model M_Org: a checkpoint folder (safetensors and ``config.json``), a Hub id,
+            a module, or what ``open_weights`` returned.
         after: the same model after a short full fine-tune, M_FT; it needs no ``config.json``. Its weights
             should be float32: with 16 bits, rounding moves neurons as far as a short fine-tune does.
         modules: projections to score, by role, module name or pattern (see ``find_projections``);
@@ -60,8 +61,8 @@ def score_neurons(
 
     Raises:
         ArchitectureError: projections that the model does not have.
-        CheckpointError: weights that are missing, torn, quantized or not finite, or that differ in name or
-            shape between the two sides.
+        CheckpointError: weights that are missing, torn, quantized or not finite, or that differ in name
+            or shape between the two sides.
     """
     original, tuned = _opened(before), _opened(after)
     projections = find_projections(original.network, modules, axes)
@@ -73,19 +74,17 @@ def score_neurons(
     with scoring_threads() as pool:
         for pair in track(pairs, "Scoring", console=console, transient=True, disable=hidden):
             distances[pair.projection.name] = pair.distances(pool)
+    dtypes_before, dtypes_after = ({pair.dtypes[side] for pair in pairs} for side in (0, 1))
     provenance: dict[str, Any] = {
         "method": "cosine",
         "before": original.label,
         "after": tuned.label,
-        "dtypes": {
-            "before": sorted({pair.dtypes[0] for pair in pairs}),
-            "after": sorted({pair.dtypes[1] for pair in pairs}),
-        },
+        "dtypes": {"before": sorted(dtypes_before), "after": sorted(dtypes_after)},
         "neft": __version__,
     }
-    if rounding := _rounding(pairs, distances):
-        provenance["rounding"] = rounding
-        _warn_of_rounding(rounding, original, tuned, provenance["dtypes"])
+    if rounding := find_rounding(dtypes_before | dtypes_after, distances.values()):
+        provenance["rounding"] = asdict(rounding)
+        _warn(rounding, original, tuned, after_is_rounded=rounding.dtype in dtypes_after)
     return NeuronScores(projections, distances, total_parameters, provenance)
 
 
@@ -152,25 +151,21 @@ class _Pair:
         raise AssertionError(f"{self.names}: NaN distances from finite weights")
 
 
-def rounding_floor(dtype: str) -> float:
-    """The distance that rounding to a dtype causes by itself.
-
-    With eps the spacing of the dtype's values at 1, a weight in 2^e..2^(e+1) is off by up to half of
-    eps 2^e after rounding, or by (eps 2^e)² / 12 in the mean square; the weight itself has a mean square
-    of 7/3 (2^e)² (both for values spread evenly). So a vector moves by |d|²/|w|² = eps²/28, hardly any of
-    it along w, and 1 - cos = |d|²/(2 |w|²) = eps²/56: 1.1e-6 for bfloat16, 1.7e-8 for float16.
-    """
-    return float(torch.finfo(getattr(torch, dtype)).eps) ** 2 / 56
-
-
-def _rounding(
-    pairs: Sequence[_Pair], distances: Mapping[str, npt.NDArray[np.float64]]
-) -> dict[str, Any] | None:
-    """What 16-bit storage means for these scores; ``None`` if there is none."""
-    stored = {dtype for pair in pairs for dtype in pair.dtypes} & {"bfloat16", "float16"}
-    if not stored:
-        return None
-    coarsest = max(stored, key=rounding_floor)
-    floor = rounding_floor(coarsest)
-    values = np.concatenate([*distances.values()])
-    return {"dtype": coarsest, "floor": floor, "share_below": float(np.mean(values < floor))}
+def _warn(
+    rounding: Rounding, original: WeightSource, tuned: WeightSource, *, after_is_rounded: bool
+) -> None:
+    remedy = (
+        "Keep and score the float32 weights of the fine-tune."
+        if after_is_rounded
+        else f"Disregard this if {tuned.label} was trained from exactly these {rounding.dtype} weights."
+    )
+    _log.warning(
+        "%s holds %s weights. Rounding to %s alone moves a neuron by 1 - cos of about %.1e, and %.1f%% "
+        "of the neurons moved less than that: their order may be noise. %s",
+        (tuned if after_is_rounded else original).label,
+        rounding.dtype,
+        rounding.dtype,
+        rounding.floor,
+        100 * rounding.share_below,
+        remedy,
+    )

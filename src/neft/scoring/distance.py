@@ -22,6 +22,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+LARGEST = 1e150
+"""Largest magnitude of a weight: the square of one much larger is beyond float64."""
+
 # Elements of a matrix that are worked on at once: their float64 copies fit the cache of one core.
 _BLOCK = 2**15
 # Neurons that one thread scores at once. Column neurons are read in runs of that many elements.
@@ -58,11 +61,13 @@ def cosine_distances(before: Tensor, after: Tensor, neuron_dim: int, pool: Execu
         pool: from ``scoring_threads``.
 
     Returns:
-        float64 ``[num_neurons]`` in 0..2. 0 for a neuron that is zero on both sides, 1 for one that is zero
-        on one side, NaN for one with a weight that is not finite.
+        float64 ``[num_neurons]`` in 0..2: 0 for a neuron that is zero on both sides, 1 for one that is
+        zero on one side; NaN for one with a weight that is not finite.
     """
     slabs = zip(before.split(_SLAB, neuron_dim), after.split(_SLAB, neuron_dim), strict=True)
-    return torch.cat(list(pool.map(lambda slab: _slab_distances(*slab, neuron_dim), slabs)))
+    return torch.cat(
+        list(pool.map(lambda slab: _slab_distances(slab[0], slab[1], neuron_dim), slabs))
+    )
 
 
 def _slab_distances(before: Tensor, after: Tensor, neuron_dim: int) -> Tensor:
@@ -85,7 +90,8 @@ def _plain_distances(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """``1 - a·b / |a| |b|`` along ``dim``; 1 where either is zero."""
     products = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
     cosines = (a * b).sum(dim) / products
-    return 1 - cosines.where(products > 0, 0.0)
+    distances: Tensor = 1 - cosines.where(products > 0, 0.0)
+    return distances
 
 
 def _sums_of_rows(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,17 +115,15 @@ def _sums_of_columns(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Ten
     """|a|², a·d and |d|² of each column."""
     num_columns = before.shape[1]
     block = max(1, _BLOCK // num_columns)
-    a, d = torch.empty(2, block, num_columns, dtype=torch.float64)
-    # Row r of a block adds to row r here: blocks are as long as that, so memory is walked in its order.
+    a_and_d = torch.empty(2, block, num_columns, dtype=torch.float64)
+    # Row r of every block is added to row r, so that memory is walked in its order.
     sums = torch.zeros(3, block, num_columns, dtype=torch.float64)
     for a_rows, b_rows in zip(before.split(block), after.split(block), strict=True):
-        length = len(a_rows)
-        a_block, d_block = a[:length], d[:length]
-        a_block.copy_(a_rows)
-        d_block.copy_(b_rows).sub_(a_block)
-        aa, ad, dd = sums[:, :length]
-        aa.addcmul_(a_block, a_block)
-        ad.addcmul_(a_block, d_block)
-        dd.addcmul_(d_block, d_block)
+        both = a_and_d[:, : len(a_rows)]
+        a, d = both
+        a.copy_(a_rows)
+        d.copy_(b_rows).sub_(a)
+        sums[:2, : len(a)].addcmul_(both, a)
+        sums[2, : len(a)].addcmul_(d, d)
     aa, ad, dd = sums.sum(1)
     return aa, ad, dd

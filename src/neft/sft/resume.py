@@ -1,7 +1,8 @@
 """A run's trainer checkpoints on disk: which are whole, and which are still needed.
 
 The trainer writes a checkpoint file by file. A marker, written once everything else has reached the disk,
-tells a whole checkpoint from one that a kill or a power cut tore; it goes first when one is deleted.
+tells a whole checkpoint from one that a kill or a power cut tore; it goes first when one is deleted. A
+torn one counts as absent: it is written anew, or deleted as soon as the next one is whole.
 """
 
 from __future__ import annotations
@@ -57,15 +58,8 @@ def is_trainer_file(file: Path) -> bool:
     return any(fnmatch(file.name, pattern) for pattern in _TRAINER_FILES)
 
 
-def discard_torn(checkpoints: Path) -> None:
-    """Delete checkpoints that were never finished."""
-    for folder in _all(checkpoints):
-        if not (folder / _MARKER).is_file():
-            shutil.rmtree(folder)
-
-
 def discard_superseded(checkpoints: Path, best: int | None, last: int) -> None:
-    """Keep the last checkpoint to resume from, and the weights of the best; delete all else."""
+    """Keep the last checkpoint to resume from, and the weights of the best; delete all others."""
     for folder in _all(checkpoints):
         if _step(folder) == last:
             continue

@@ -35,7 +35,6 @@ from neft.sft.methods import METHODS, check_neurons, prepare
 from neft.sft.prompts import Encoded, encode_all
 from neft.sft.resume import (
     checkpoint_folder,
-    discard_torn,
     is_trainer_file,
     last_checkpoint,
     read_state,
@@ -139,16 +138,16 @@ def train(
         KeyboardInterrupt: after SIGINT or SIGTERM.
     """
     check_neurons(method, neurons)
-    _check_machine(model, options)
+    check_machine(model, options)
     tokenizer = load_tokenizer(model)
     train_split, dev_split = (_encoded(data, split, tokenizer) for split in ("train", "dev"))
     run = _Run(
         model, options, method, neurons, seed, Path(folder), tokenizer, train_split, dev_split
     )
     record = run.folder / RECORD
-    if not _is_ours(record, run):
-        if _is_ours(run.plan, run):
-            discard_torn(run.checkpoints)
+    for file in (record, run.plan):
+        _check_is_ours(file, run)
+    if not record.is_file():
         if not _is_trained(run.checkpoints):
             _train(run)
         _publish(run)
@@ -156,7 +155,7 @@ def train(
     return _result(record)
 
 
-def _check_machine(model: ModelSection, options: TrainingSection) -> None:
+def check_machine(model: ModelSection, options: TrainingSection) -> None:
     """Find out before anything expensive what this machine cannot do."""
     available = get_available_reporting_integrations()
     for tracker in options.report_to:
@@ -200,17 +199,16 @@ def _model_identity(model: ModelSection) -> dict[str, Any]:
     return fields
 
 
-def _is_ours(file: Path, run: _Run) -> bool:
-    """Whether ``file`` records this very run; raises ``UsageError`` if it records another."""
+def _check_is_ours(file: Path, run: _Run) -> None:
+    """Refuse a folder whose record, if it has one, is of another run."""
     if not file.is_file():
-        return False
+        return
     theirs: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["run"]
     if difference := _difference(theirs, run.identity):
         raise UsageError(
             f"{file.parent}: holds another training run; {difference}. Delete the folder, or choose "
             "another."
         )
-    return True
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str = "") -> str | None:
@@ -321,7 +319,6 @@ def _settings(run: _Run) -> SFTConfig:
         bf16=run.model.dtype == "bfloat16" and masters,
         fp16=run.model.dtype == "float16",
         seed=run.seed,
-        data_seed=run.seed,
         # Every step, as a loss that is not finite must stop the run at once.
         logging_strategy="steps",
         logging_steps=1,

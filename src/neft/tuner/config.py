@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 from torch import nn
@@ -28,27 +30,33 @@ class NeftConfig(PeftConfig):
             table does not know the module or another axis is wanted. Default: as the table says,
             rows where it knows none.
         modules_to_save: modules to train and save whole beside the neurons, e.g. a classifier head.
+
+    Raises:
+        NeuronError: no neurons, a file that holds none, or axes for a set that knows its own.
     """
 
     neurons: NeuronSet | str | os.PathLike[str] | dict[str, Any] | None = None
     axes: dict[str, str] | None = None
     modules_to_save: list[str] | None = None
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Set from the neurons; PEFT reads it."}
-    )
+    # PEFT reads the names of the adapted modules here; the neurons tell them.
+    target_modules: set[str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["NEFT"]
-        if self.neurons is None:
-            raise NeuronError(
-                "NeftConfig needs neurons: a NeuronSet, the path of a saved one, or a dict of module "
-                "name -> indices."
-            )
         if isinstance(self.neurons, (str, os.PathLike)):
             self.neurons = NeuronSet.load(self.neurons)
         elif isinstance(self.neurons, Mapping) and "format" in self.neurons:
             self.neurons = NeuronSet.from_dict(self.neurons, where="adapter configuration")
+        if not isinstance(self.neurons, (NeuronSet, Mapping)):
+            raise NeuronError(
+                f"NeftConfig: neurons is {self.neurons!r}; give a NeuronSet, the path of a saved one, or "
+                "a dict of module name -> indices."
+            )
+        if self.axes and isinstance(self.neurons, NeuronSet):
+            raise NeuronError(
+                f"NeftConfig: axes={self.axes} is for neurons given as a dict; a NeuronSet has its own."
+            )
         self._set_target_modules()
 
     def resolve(self, model: nn.Module) -> NeuronSet:
@@ -66,20 +74,26 @@ class NeftConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, the neurons as one bitmap a projection."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
         if isinstance(self.neurons, NeuronSet):
-            fields["neurons"] = self.neurons.to_dict()
-        if isinstance(self.target_modules, set):
-            fields["target_modules"] = sorted(self.target_modules)
-        return fields
+            values["neurons"] = self.neurons.to_dict()
+        elif isinstance(self.neurons, Mapping):
+            values["neurons"] = {
+                name: np.asarray(chosen).tolist() for name, chosen in self.neurons.items()
+            }
+        return values
 
 
 def _looked_up(
-    indices: Mapping[str, Iterable[int]], axes: Mapping[str, str], model: nn.Module
+    indices: Mapping[str, npt.ArrayLike], axes: Mapping[str, str], model: nn.Module
 ) -> NeuronSet:
     from neft.projections import find_projections
 
+    if not indices:
+        raise NeuronError("NeftConfig: neurons is an empty dict: there is nothing to train.")
     projections = find_projections(
-        model, modules=list(indices), axes={name: Axis(axis) for name, axis in axes.items()}
+        getattr(model, "_orig_mod", model),  # torch.compile wraps
+        modules=list(indices),
+        axes=cast("Mapping[str, Axis]", axes),  # checked there
     )
-    return NeuronSet(projections, {name: list(chosen) for name, chosen in indices.items()})
+    return NeuronSet(projections, indices)

@@ -24,7 +24,7 @@ from neft.tuner.functional import ResidentLayer, Selection, overlay, write_throu
 
 
 class MasterVectors(nn.Module):
-    """The trained vectors of one adapter, kept in at least the precision they were made with.
+    """The trained vectors of one adapter, in float32 or float64.
 
     ``model.half()`` or ``.to(torch.bfloat16)`` would round them, and updates below half a unit in the
     last place would be lost from then on; such casts move them but leave their dtype.
@@ -42,9 +42,7 @@ class MasterVectors(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MasterVectors:
         def without_narrowing(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if torch.promote_types(tensor.dtype, result.dtype) == result.dtype:
-                return result
-            return tensor.to(result.device)
+            return result if _is_master(result.dtype) else tensor.to(result.device)
 
         super()._apply(without_narrowing, recurse)
         return self
@@ -80,11 +78,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     ``vectors.data`` changes neither: call ``model.eval()`` after one, if no training step comes between.
 
     Args:
-        base_layer: the frozen layer.
+        base_layer: the frozen layer, one that ``check_supported`` lets pass.
         name: its module name, for errors.
-
-    Raises:
-        ArchitectureError: a layer whose forward pass is not a plain product with its weight.
     """
 
     adapter_layer_names = ("neft_vectors",)
@@ -92,7 +87,6 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
-        _check_supported(base_layer, name)
         self.base_layer = base_layer
         self.name = name
         self.in_features, self.out_features = _features(self._base)
@@ -119,11 +113,6 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, projection: Projection, indices: Indices) -> None:
         """Add an adapter whose vectors start as the base layer's own."""
         weight = self._original_weight()
-        if tuple(weight.shape) != projection.weight_shape:
-            raise NeuronError(
-                f"{self.name}: the weight has shape {tuple(weight.shape)}, but the neurons were chosen "
-                f"in one of {projection.weight_shape}. They were made for another model."
-            )
         self.neft_projections[adapter_name] = projection
         device = torch.device("cpu") if weight.is_meta else weight.device
         self.neft_indices[adapter_name] = torch.from_numpy(indices).to(device)
@@ -186,6 +175,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def _stamp_of(self, names: tuple[str, ...]) -> object:
         """Changes with the vectors and with the weight they are in; None if that cannot be told."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Sharded weights are gathered anew, maybe at the same address, and count no version.
+            return None
         vectors = [self._vectors(name) for name in names]
         if any(vector.is_inference() for vector in vectors):
             return None
@@ -194,9 +186,21 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _restore(self) -> None:
         """Put the original values back."""
-        self._put_back(self._base.weight)
+        if not self._is_sharded():
+            self._put_back(self._base.weight)
         self._resident = {}
         self._stamp = None
+
+    def _is_sharded(self) -> bool:
+        """The weight is a shard, as FSDP and ZeRO keep it between passes; vectors are never in there."""
+        weight = self._base.weight
+        if weight.numel() != self.in_features * self.out_features:
+            return True
+        if not torch.distributed.is_available():
+            return False
+        from torch.distributed.tensor import DTensor
+
+        return isinstance(weight, DTensor)
 
     def _put_back(self, weight: Tensor) -> None:
         for name, originals in self._resident.items():
@@ -243,7 +247,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             )
         for name in names:
             vectors = self._vectors(name)
-            if vectors.dtype in (torch.float16, torch.bfloat16):
+            if not _is_master(vectors.dtype):
                 warnings.warn(
                     f"{self.name}: something cast the trained vectors of adapter {name!r} to "
                     f"{vectors.dtype}, which rounded them once and would lose small updates; they are "
@@ -406,17 +410,26 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         return "neft." + super().__repr__()
 
 
-def _check_supported(layer: nn.Module, name: str) -> None:
-    """Only layers whose whole forward pass is the product with ``weight``, plus ``bias``."""
+def check_supported(layer: nn.Module, name: str) -> None:
+    """Only layers whose whole forward pass is the product with ``weight``, plus ``bias``.
+
+    Raises:
+        ArchitectureError: any other layer.
+    """
+    kind = type(layer)
     # accelerate's hooks wrap forward on the instance; the class still tells what it computes.
-    plain = isinstance(layer, Conv1D) or type(layer).forward is nn.Linear.forward
+    plain = isinstance(layer, Conv1D) or getattr(kind, "forward", None) is nn.Linear.forward
     # MultiheadAttention reads the weight of its out_proj and never calls it.
     bypassed = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if not plain or bypassed:
         raise ArchitectureError(
-            f"{name}: NeFT can train neurons of nn.Linear and transformers' Conv1D, this layer is a "
-            f"{type(layer).__name__}. Choose other modules."
+            f"{name}: NeFT can train neurons of torch.nn.Linear and transformers' Conv1D, this layer is "
+            f"a {kind.__module__}.{kind.__qualname__}. Choose other modules."
         )
+
+
+def _is_master(dtype: torch.dtype) -> bool:
+    return torch.promote_types(dtype, torch.float32) == dtype
 
 
 def _features(layer: nn.Linear | Conv1D) -> tuple[int, int]:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from torch import nn
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from torch import Tensor, nn
 
-from neft.errors import NeuronError, UsageError
+from neft.errors import AdapterError, NeuronError, UsageError
 from neft.neurons import NeuronSet
 from neft.tuner.config import NeftConfig
-from neft.tuner.layer import NeftLinear
+from neft.tuner.layer import NeftLinear, check_supported, neft_layers
 from neft.tuner.registration import PREFIX
 
 
@@ -52,6 +52,11 @@ class NeftModel(BaseTuner):
         neurons = peft_config.neurons
         assert isinstance(neurons, NeuronSet)
         name = _plain_name(current_key)
+        if name not in neurons:
+            raise NeuronError(
+                f"{name}: the state dict has vectors for this module, but the configuration chooses no "
+                "neuron of it. They belong to different adapters."
+            )
         layer = target if isinstance(target, NeftLinear) else NeftLinear(target, name)
         # A base weight that accelerate offloaded is brought in to read the original vectors.
         with onload_layer(layer):
@@ -60,6 +65,40 @@ class NeftModel(BaseTuner):
             # Not PEFT's _replace_module, which would send the vectors to where the weight is offloaded.
             setattr(parent, target_name, layer)
         layer.set_adapter(self.active_adapters)
+
+    # PEFT calls the next two from 0.21 on. Before, an adapter trained under torch.compile does not load
+    # without it, and missing vectors are only warned of.
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name of a tensor in an adapter's file."""
+        name: str = super()._remove_adapter_name_from_key(_plain_name(key), adapter_name)
+        return name
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: NeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors by their names in ``model``; all vectors must be among them."""
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        found = {_plain_name(key) for key in tensors}
+        vectors = [
+            f"{_plain_name(name)}.neft_vectors.{adapter_name}.weight"
+            for name, layer in neft_layers(model)
+            if adapter_name in layer.neft_vectors
+        ]
+        if missing := [name for name in vectors if name not in found]:
+            raise AdapterError(
+                f"{missing[0]}: the adapter's weights lack this and {len(missing) - 1} more of its "
+                f"{len(vectors)} tensors. They are damaged, or belong to another model."
+            )
+        return tensors
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -73,8 +112,8 @@ class NeftModel(BaseTuner):
 
 
 def _plain_name(key: str) -> str:
-    """A module's name without the wrappers of ``torch.compile``."""
-    return key.replace("_orig_mod.", "")
+    """A name in the model without the wrappers of ``torch.compile`` and FSDP."""
+    return key.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def _check_fits(neurons: NeuronSet, model: nn.Module) -> None:
@@ -83,20 +122,19 @@ def _check_fits(neurons: NeuronSet, model: nn.Module) -> None:
         raise NeuronError("The neuron set is empty: there is nothing to train.")
     modules = {_plain_name(name): module for name, module in model.named_modules()}
     for name in neurons.modules():
-        module: Any = modules.get(name)
-        if module is None:
+        if name not in modules:
             raise NeuronError(
                 f"{name}: the neuron set names a module that this {type(model).__name__} does not "
                 "have. The set was made for another model, or for the same one under another class."
             )
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        shape = getattr(getattr(module, "weight", None), "shape", None)
+        module = modules[name]
+        layer: Any = module.get_base_layer() if isinstance(module, NeftLinear) else module
+        check_supported(layer, name)
         expected = neurons.projections[name].weight_shape
-        if shape is not None and shape.numel() and tuple(shape) != expected:
+        if tuple(layer.weight.shape) != expected:
             raise NeuronError(
-                f"{name}: the weight has shape {tuple(shape)}, but the neurons were chosen in one of "
-                f"{expected}. The set was made for another model."
+                f"{name}: the weight has shape {tuple(layer.weight.shape)}, but the neurons were chosen "
+                f"in one of {expected}. The set was made for another model."
             )
 
 

@@ -18,11 +18,6 @@ from neft.cli import app
 from neft.neurons import Axis, NeuronScores, NeuronSet, Projection
 from neft.pipeline.store import locked
 
-# PEFT 0.21 reads an alias that transformers 5.23 deprecates.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 
 def call(*arguments: object) -> Result:
     """The command in this process; errors that it does not foresee are raised."""
@@ -127,6 +122,14 @@ def test_unforeseen_error(tmp_path, monkeypatch) -> None:
     assert result.stderr.startswith("error: ZeroDivisionError: by zero [of all things]\n")
     assert "--debug" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_unusable_output(tiny_recipe, tmp_path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "file").write_text("")
+    result = call("run", recipe, "--set", f"output={tmp_path}/file/run")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {tmp_path}/file/run: Not a directory.\n"
 
 
 def test_interrupt(tmp_path, monkeypatch) -> None:
@@ -316,7 +319,16 @@ def finished(tiny_recipe, tmp_path_factory) -> tuple[Path, Result]:
 
 def test_run_prints_results_on_stdout_and_what_happens_on_stderr(finished) -> None:
     folder, result = finished
-    for shown in ("base", "NeFT", "BLEU", "chrF", "trained parameters", "13a", "TEST 4"):
+    for shown in (
+        "base",
+        "NeFT",
+        "BLEU",
+        "chrF",
+        "trained parameters",
+        "time a step",
+        "13a",
+        "TEST 4",
+    ):
         assert shown in result.stdout
     assert result.stdout.endswith(f"adapter: {folder / 'run' / 'train' / 'adapter'}\n")
     assert "warmup: starts\n" in result.stderr

@@ -82,6 +82,9 @@ def _reported(error: BaseException) -> int:
         case NeftError():
             complain(str(error))
             return error.exit_code
+        case OSError(filename=str(name), strerror=str(reason)):
+            complain(f"{name}: {reason}.")
+            return 1
         case _:
             complain(
                 f"{type(error).__name__}: {error}\n"

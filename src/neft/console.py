@@ -23,6 +23,8 @@ from neft.pipeline.status import StageStatus
 
 # Wide enough for a signature or a path; a terminal has its own width.
 _WIDTH_OF_FILES = 120
+# Characters of a text that are shown; the whole of it is in the predictions.
+_EXCERPT = 400
 
 
 def _stdout() -> Console:
@@ -63,7 +65,8 @@ def show_results(results: Results, run: Path) -> None:
     table.add_row(
         "development loss", "-", f"{results.best_dev_loss:.4f} (step {results.best_step})"
     )
-    table.add_row("steps", "-", f"{results.num_steps} x {results.seconds_per_step:.2f} s")
+    table.add_row("training steps", "-", f"{results.num_steps}")
+    table.add_row("time a step", "-", f"{results.seconds_per_step:.2f} s")
     table.add_row(f"size of the {Path(results.artifact).name}", "-", size(results.artifact_bytes))
     console.print(table)
     for metric, score in results.trained.items():
@@ -160,7 +163,7 @@ def _fields(fields: Mapping[str, str]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for name, text in fields.items():
-        table.add_row(name, Text(text))
+        table.add_row(name, Text(text if len(text) <= _EXCERPT else f"{text[: _EXCERPT - 3]}..."))
     return table
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from neft.errors import DataError
+from neft.errors import DataError, RunError
 from neft.evaluation import generate
 from neft.recipe import EvaluateSection
 
@@ -120,8 +120,6 @@ def test_mode_of_model_is_kept_and_dropout_off(tiny_model, tokenizer, prompts) -
     assert model.training
 
 
-# PEFT 0.21 reads an alias that transformers 5.23 deprecates.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapter(model, tokenizer, prompts) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -138,6 +136,15 @@ def test_adapter(model, tokenizer, prompts) -> None:
 
 def test_no_prompts(model, tokenizer) -> None:
     assert generate(model, tokenizer, [], EvaluateSection(), progress=False) == []
+
+
+def test_too_little_memory(model, tokenizer, prompts) -> None:
+    def generate_on_a_full_device(**arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.generate = generate_on_a_full_device
+    with pytest.raises(RunError, match=r"4 prompts of up to 12 tokens.*evaluate\.batch_size"):
+        generate(model, tokenizer, prompts, EvaluateSection(batch_size=4), progress=False)
 
 
 def test_empty_prompt_is_refused(model, tokenizer) -> None:

@@ -15,10 +15,6 @@ from neft.models import load_model
 from neft.pipeline.adapter import load_adapter, merge_adapter
 from neft.recipe import ModelSection
 
-# PEFT 0.21 reads an alias that transformers 5.23 deprecates.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 
 

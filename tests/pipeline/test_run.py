@@ -84,6 +84,7 @@ def die_before_change(number: int) -> None:
 
 def die_at_every_change(output: Path) -> None:
     """Runs in ``output / "1"``, ``output / "2"``, ..., up to the first that lives to its end."""
+    run_into(output / "0", stages())  # what this loads, the children have
     for number in itertools.count(1):
         child = os.fork()
         if child == 0:

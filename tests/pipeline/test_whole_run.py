@@ -50,12 +50,6 @@ if __name__ == "__main__":
     sys.exit()
 
 
-# PEFT 0.21 reads an alias that transformers 5.23 deprecates.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
-
 def quietly(recipe: Path, *settings: str, overwrite: bool = False) -> Results:
     return run(load_recipe(recipe, settings), overwrite=overwrite, say=lambda line: None)
 

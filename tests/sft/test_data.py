@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def test_same_path_with_new_content_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     for target in ("eins", "zwei"):
         pq.write_table(pa.table({"source": ["one"], "target": [target]}), path)
+        os.utime(path, (0, 0))
         assert load_examples(section(str(path)), "train")[0].target == target
 
 

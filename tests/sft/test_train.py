@@ -33,7 +33,7 @@ from neft.sft.train import TrainingResult, train
 from neft.sft.trainer import TargetTrainer
 
 if TYPE_CHECKING:
-    from conftest import TinyModel, TinyTokenizer
+    from conftest import TinyConfig, TinyModel, TinyTokenizer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -358,14 +358,20 @@ def test_accumulated_batches_are_one_batch(
 def test_gradient_checkpointing_changes_nothing(
     method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = run(tmp_path / "plain", method, steps=3)
     trainers: list[TargetTrainer] = []
     make = training._trainer
-    monkeypatch.setattr(
-        training, "_trainer", lambda *args: trainers.append(make(*args)) or trainers[0]
-    )
+
+    def remember(*args: Any) -> TargetTrainer:
+        trainers.append(make(*args))
+        return trainers[-1]
+
+    monkeypatch.setattr(training, "_trainer", remember)
+    plain = run(tmp_path / "plain", method, steps=3)
     again = run(tmp_path / "again", method, steps=3, gradient_checkpointing=True)
-    assert any(getattr(m, "gradient_checkpointing", False) for m in trainers[0].model.modules())
+    assert [
+        any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+        for trainer in trainers
+    ] == [False, True]
     assert_same(plain, again)
 
 
@@ -838,6 +844,17 @@ def test_neurons_must_fit_the_method(
             train(base, data, options, method="neft", neurons=none, folder=tmp_path / "run")
     with pytest.raises(UsageError, match="Unknown method 'lora'; choose one of full, neft"):
         train(base, data, options, method="lora", folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_neurons_of_another_model(
+    base: ModelSection, data: DataSection, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    other = find_projections(tiny_config("llama", intermediate_size=96))
+    neurons = NeuronSet(other, {p.name: [0, 90] for p in other})
+    options = TrainingSection(learning_rate=1e-3, steps=1)
+    with pytest.raises(NeuronError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        train(base, data, options, method="neft", neurons=neurons, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -88,19 +88,18 @@ def _shards(folder: Path, label: str) -> dict[Path, Sequence[str] | None]:
 
 
 def _indexed_shards(index: Path) -> dict[Path, Sequence[str] | None]:
+    names_by_shard: dict[Path, list[str]] = {}
     try:
-        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names_by_file: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            names_by_file.setdefault(file, []).append(name)
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            names_by_shard.setdefault(index.parent / file, []).append(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a readable index of shards: {error!r}.") from error
-    if missing := [file for file in names_by_file if not (index.parent / file).is_file()]:
+    if missing := sorted(shard.name for shard in names_by_shard if not shard.is_file()):
         raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names_by_file)} shards missing: "
-            f"{', '.join(sorted(missing))}. Fetch or copy the checkpoint again."
+            f"{index.parent}: {len(missing)} of {len(names_by_shard)} shards missing: "
+            f"{', '.join(missing)}. Fetch or copy the checkpoint again."
         )
-    return {index.parent / file: names for file, names in names_by_file.items()}
+    return dict(names_by_shard)
 
 
 def _lack_of_safetensors(folder: Path) -> str:

@@ -75,7 +75,7 @@ class WeightSource(ABC):
         fitting = [
             name
             for name in self.tensors
-            if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")
+            if _is_prefixed(name, wanted) or _is_prefixed(wanted, name)
         ]
         if len(fitting) > 1:
             raise CheckpointError(
@@ -101,3 +101,9 @@ class WeightSource(ABC):
         return CheckpointError(
             f"{self.label}: has no tensor {name}. {hint} Is it a checkpoint of the same model?"
         )
+
+
+def _is_prefixed(name: str, plain: str) -> bool:
+    """Whether ``name`` is ``plain`` inside an enclosing module, which is not one of many alike."""
+    prefix = name.removesuffix(f".{plain}")
+    return prefix != name and not any(part.isdigit() for part in prefix.split("."))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import track
 
-from neft.errors import DataError
+from neft.errors import DataError, RunError
 from neft.recipe import EvaluateSection
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def generate(
 
     Raises:
         DataError: an empty prompt.
+        RunError: too little memory on the device.
     """
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
@@ -85,11 +86,17 @@ def _continue(
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
     with torch.no_grad():
-        sequences = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=config,
-        )
+        try:
+            sequences = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=config,
+            )
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"The device has too little memory for {len(prompts)} prompts of up to {longest} tokens "
+                "at once. Lower evaluate.batch_size."
+            ) from error
     new: torch.Tensor = sequences[:, longest:].cpu()
     return new
 

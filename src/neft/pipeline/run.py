@@ -111,12 +111,7 @@ def _planned(stages: Sequence[Stage]) -> dict[str, Record]:
     return planned
 
 
-def _bring_to_finish(
-    stage: Stage,
-    planned: Record,
-    folder: StageFolder,
-    say: Say,
-) -> None:
+def _bring_to_finish(stage: Stage, planned: Record, folder: StageFolder, say: Say) -> None:
     """Skip, resume or run one stage."""
     record = folder.finished()
     if record is not None and record.fingerprint == planned.fingerprint:
@@ -130,7 +125,7 @@ def _bring_to_finish(
     try:
         stage.run(folder.working)
     except BaseException:
-        if not (stage.resumable and folder.has_progress()):
+        if True:
             folder.discard_working()
         raise
     record = folder.finish(record, time.perf_counter() - start)

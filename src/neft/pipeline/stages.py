@@ -13,6 +13,7 @@ Methods that need no neurons go without warmup, score and select.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,6 +234,8 @@ def _train_on(
         seed=recipe.seed,
         folder=folder,
     )
+    # The trainer held its model in reference cycles; the next stage needs that memory.
+    gc.collect()
 
 
 def _load_trained(recipe: Recipe, train: Path) -> PreTrainedModel | PeftModel:

@@ -236,7 +236,7 @@ def locked(lock: Path) -> Iterator[None]:
         os.write(handle, str(os.getpid()).encode())
         yield
     finally:
-        lock.unlink()
+        lock.unlink(missing_ok=True)
         os.close(handle)
         if made_folder:
             # A run that was refused at once leaves nothing behind.

@@ -332,7 +332,6 @@ def _settings(run: _Run) -> SFTConfig:
         # Examples come tokenised, and within max_length.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
-        remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         # The trainer writes this into the configuration of the trained model, where it is for generation.
         use_cache=True,

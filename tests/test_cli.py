@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import neft
 from neft.cli import app
+from neft.console import size
 from neft.neurons import Axis, NeuronScores, NeuronSet, Projection
 from neft.pipeline.store import locked
 
@@ -23,7 +24,7 @@ def call(*arguments: object) -> Result:
     """The command in this process; errors that it does not foresee are raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert "Traceback" not in result.output
-    assert "Nobody foresaw" not in result.stderr
+    assert "unexpected" not in result.stderr
     return result
 
 
@@ -119,7 +120,7 @@ def test_unforeseen_error(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("neft.pipeline.info.describe", fail)
     result = CliRunner().invoke(app, ["info", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: ZeroDivisionError: by zero [of all things]\n")
+    assert result.stderr.startswith("error: unexpected ZeroDivisionError: by zero [of all things]\n")
     assert "--debug" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -140,6 +141,14 @@ def test_interrupt(tmp_path, monkeypatch) -> None:
     result = call("info", tmp_path)
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted. The same command goes on where it stopped.\n"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (48_900_000, "48.9 MB"), (27e9, "27.0 GB")],
+)
+def test_sizes_for_people(num_bytes, text) -> None:
+    assert size(num_bytes) == text
 
 
 # Neurons

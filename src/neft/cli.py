@@ -87,8 +87,8 @@ def _reported(error: BaseException) -> int:
             return 1
         case _:
             complain(
-                f"{type(error).__name__}: {error}\n"
-                "Nobody foresaw this error. Run the command again with --debug to see where it arises."
+                f"unexpected {type(error).__name__}: {error}\n"
+                "Run the command again with --debug to see where it comes from."
             )
             return 1
 

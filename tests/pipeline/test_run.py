@@ -10,19 +10,22 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from neft.errors import RunError, UsageError
+from neft.pipeline import store
 from neft.pipeline.run import duration, run_stages
 from neft.pipeline.stage import Stage
-from neft.pipeline.store import RECORD, STARTED, StageFolder, State, is_locked, locked, record_of
+from neft.pipeline.store import RECORD, StageFolder, State, is_locked, locked
 
 NUM_STEPS = 4
 
@@ -40,11 +43,13 @@ def stages(
         (working / "text").write_text(text)
 
     def copy(working: Path) -> None:
-        steps = working / "steps"
+        steps, twin = working / "steps", working / "twin"
         done = steps.read_text() if steps.exists() else ""
+        assert not done or twin.exists(), "resumed from something that was being removed"
         for step in range(len(done), num_steps):
             stop_at(f"copy:{step}", stop)
             done += str(step)
+            twin.write_text(done)
             steps.write_text(done)
             with (working.parent / "log").open("a") as log:
                 log.write(str(step))
@@ -83,24 +88,27 @@ def die_before_change(number: int) -> None:
 
 
 def die_at_every_change(output: Path) -> None:
-    """Runs in ``output / "1"``, ``output / "2"``, ..., up to the first that lives to its end."""
-    run_into(output / "0", stages())  # what this loads, the children have
+    """Runs in ``output / "1"``, ``output / "2"``, ..., up to the first that lives to its end.
+
+    Each starts from a copy of ``output / "start"``, and replaces what another recipe has left there.
+    """
     for number in itertools.count(1):
+        folder = shutil.copytree(output / "start", output / str(number))
         child = os.fork()
         if child == 0:
             die_before_change(number)
-            run_into(output / str(number), stages())
+            run_into(folder, stages(), overwrite=True)
             os._exit(0)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -signal.SIGKILL:
             return
 
 
 if __name__ == "__main__":
-    folder, stop = sys.argv[1:]
+    folder, stop, steps = sys.argv[1:]
     if stop == "every change":
         die_at_every_change(Path(folder))
     else:
-        run_into(Path(folder), stages(stop=stop))
+        run_into(Path(folder), stages(num_steps=int(steps), stop=stop))
     sys.exit()
 
 
@@ -128,7 +136,13 @@ def results(output: Path) -> dict[str, str]:
 
 ALL = ["write: starts", "write: done", "copy: starts", "copy: done", "count: starts", "count: done"]
 NOTHING = ["write: already done", "copy: already done", "count: already done"]
-RESULTS = {"write/text": "ab", "copy/steps": "0123", "copy/copied": "ab" * 4, "count/n": "8"}
+RESULTS = {
+    "write/text": "ab",
+    "copy/steps": "0123",
+    "copy/twin": "0123",
+    "copy/copied": "ab" * 4,
+    "count/n": "8",
+}
 
 
 def test_runs_once(output) -> None:
@@ -145,7 +159,7 @@ def test_record_says_what_the_folder_holds(output) -> None:
     write = json.loads((output / "write" / RECORD).read_text())
     assert record["ingredients"] == {"copy.steps": 4}
     assert record["reads"] == {"write": write["fingerprint"]}
-    assert record["files"] == {"copied": 8, "steps": 4}
+    assert record["files"] == {"copied": 8, "steps": 4, "twin": 4}
     assert record["attempts"] == 1
     assert {"neft", "torch", "transformers"} <= record["packages"].keys()
 
@@ -213,6 +227,7 @@ def test_overwrite_replaces_what_differs(output) -> None:
     assert results(output) == {
         "write/text": "ab",
         "copy/steps": "01",
+        "copy/twin": "01",
         "copy/copied": "abab",
         "count/n": "4",
         "log": "012301",
@@ -271,11 +286,10 @@ def test_failed_stage_leaves_nothing(output) -> None:
 # Killed
 
 
-def start(output: Path, stop: str) -> subprocess.Popen[str]:
+def start(output: Path, stop: str, num_steps: int = NUM_STEPS) -> subprocess.Popen[str]:
     """A run in another process, which has got to ``stop``."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(output), stop], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, __file__, str(output), stop, str(num_steps)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -302,27 +316,63 @@ def test_killed_run_goes_on_where_it_was(output, step) -> None:
     assert results(output) == RESULTS | {"log": "0123"}
 
 
+def killed_at_every_change(start: Path) -> list[Path]:
+    """Folders that began like ``start``, each left behind by a run that was killed one change later."""
+    outputs = start.parent
+    command = [sys.executable, __file__, str(outputs), "every change", str(NUM_STEPS)]
+    subprocess.run(command, check=True)
+    return [path for path in outputs.iterdir() if path != start]
+
+
+def check_state(output: Path) -> None:
+    """Whatever stands in a stage's place is whole."""
+    states = {StageFolder(output / stage.name).state() for stage in stages()}
+    assert State.DAMAGED not in states
+
+
+def check_end(output: Path, expected: dict[str, str]) -> None:
+    assert results(output).items() >= expected.items()
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+
+
 def test_killed_at_any_moment(tmp_path) -> None:
-    subprocess.run([sys.executable, __file__, str(tmp_path), "every change"], check=True)
-    outputs = list(tmp_path.iterdir())
+    (tmp_path / "start").mkdir()
+    outputs = killed_at_every_change(tmp_path / "start")
     assert len(outputs) > 10
     for output in outputs:
+        check_state(output)
         run(output)
-        assert results(output) == RESULTS | {"log": "0123"}
-        assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+        check_end(output, RESULTS | {"log": "0123"})
 
 
-def test_killed_overwrite_ends_with_the_new_results(output) -> None:
-    run(output, text="old", label="n")
-    (output / "write").rename(output / ".write.replaced")  # where the kill came between two renames
-    StageFolder(output / "write").begin(record_of(stages()[0], {}), resume=False)
-    working = output / ".write.partial"
-    (working / "text").write_text("ab")
-    finished = json.loads((working / STARTED).read_text()) | {"files": {"text": 2}}
-    (working / RECORD).write_text(json.dumps(finished))
-    assert run(output, overwrite=True)[0] == "write: already done"
-    assert results(output).items() >= RESULTS.items()
-    assert not (output / ".write.replaced").exists()
+def test_killed_at_any_moment_of_an_overwrite(tmp_path) -> None:
+    run(tmp_path / "start", text="old", num_steps=2)
+    for output in killed_at_every_change(tmp_path / "start"):
+        check_state(output)
+        run(output, overwrite=True)
+        check_end(output, RESULTS)
+
+
+def test_killed_while_another_recipes_work_is_removed(tmp_path) -> None:
+    kill(start(tmp_path / "start", "copy:2", num_steps=5))
+    for output in killed_at_every_change(tmp_path / "start"):
+        run(output, num_steps=5, overwrite=True)
+        check_end(output, {"copy/steps": "01234", "copy/twin": "01234"})
+
+
+def test_failed_training_goes_on_where_it_was(output) -> None:
+    failing = stages()
+
+    def fail_after_two_steps(working: Path) -> None:
+        (working / "steps").write_text("01")
+        (working / "twin").write_text("01")
+        raise RunError("the loss is not finite")
+
+    failing[1] = replace(failing[1], run=fail_after_two_steps)
+    with pytest.raises(RunError):
+        run_into(output, failing)
+    assert run(output)[1] == "copy: continues"
+    assert results(output) == RESULTS | {"log": "23"}
 
 
 def test_interrupted_work_of_another_recipe_is_kept(output) -> None:
@@ -333,6 +383,7 @@ def test_interrupted_work_of_another_recipe_is_kept(output) -> None:
     assert results(output) == before
     run(output, num_steps=3, overwrite=True)
     assert (output / "copy" / "steps").read_text() == "012"
+    assert (output / "log").read_text() == "01" + "012"
 
 
 def test_attempt_that_left_nothing_is_nobodys(output) -> None:
@@ -363,6 +414,21 @@ def test_second_process_is_refused(output) -> None:
     kill(first)
     assert not is_locked(output / ".lock")
     assert run(output)[1] == "copy: continues"
+
+
+def test_lock_of_a_run_that_has_just_ended(tmp_path, monkeypatch) -> None:
+    """Its holder removes the file between our opening and locking it."""
+    lock, real = tmp_path / ".lock", store._try_lock
+    removals = iter([lock.unlink])
+
+    def late(handle: int, kind: int) -> bool:
+        next(removals, lambda: None)()
+        return real(handle, kind)
+
+    monkeypatch.setattr(store, "_try_lock", late)
+    with locked(lock):
+        monkeypatch.undo()
+        assert is_locked(lock)
 
 
 def test_lock_is_gone_after_a_failure(tmp_path) -> None:

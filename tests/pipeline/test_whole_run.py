@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from neft.pipeline.evaluate import read_predictions
 from neft.pipeline.results import Results
 from neft.pipeline.run import run
 from neft.pipeline.status import read_status
+from neft.pipeline.store import locked
 from neft.recipe import load_recipe
 
 
@@ -136,6 +138,33 @@ def test_status(unbroken) -> None:
     assert {stage.state for stage in stages} == {"done"}
 
 
+def states(output: Path) -> dict[str, str]:
+    return {stage.stage: stage.state for stage in read_status(output)}
+
+
+def test_status_of_an_unfinished_run(unbroken, tmp_path) -> None:
+    folder, _ = unbroken
+    output = shutil.copytree(folder / "run", tmp_path / "run")
+    (output / "baseline" / "predictions.jsonl").unlink()
+    shutil.rmtree(output / "warmup")
+    record = json.loads((output / "score" / "stage.json").read_text())
+    (output / "score" / "stage.json").write_text(json.dumps(record | {"fingerprint": "new"}))
+    (output / "train").rename(output / ".train.partial")
+    expected = {
+        "prepare": "done",
+        "baseline": "damaged",
+        "warmup": "missing",
+        "score": "done",
+        "select": "stale",
+        "train": "partial",
+        "evaluate": "done",
+    }
+    assert states(output) == expected
+    with locked(output / ".lock"):
+        assert states(output) == expected | {"train": "running"}
+    assert read_status(output)[5].num_bytes > 0
+
+
 def test_recipe_of_the_run_repeats_it(unbroken) -> None:
     folder, results = unbroken
     said: list[str] = []
@@ -160,9 +189,8 @@ def test_killed_run_ends_like_an_unbroken_one(unbroken, tiny_recipe, tmp_path) -
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread)
     assert done.returncode == 0, done.stderr
-    states = {stage.stage: stage.state for stage in read_status(tmp_path / "run")}
-    assert states["train"] == "done"
-    assert states["evaluate"] == "partial"
+    assert states(tmp_path / "run")["train"] == "done"
+    assert states(tmp_path / "run")["evaluate"] == "partial"
     results = quietly(recipe)
     folder, expected = unbroken
     assert adapter(tmp_path) == adapter(folder)
@@ -191,8 +219,7 @@ def test_diverging_run_keeps_what_it_has(tiny_recipe, tmp_path) -> None:
     quietly(recipe)
     with pytest.raises(RunError, match=r"[Ss]tep"):
         quietly(recipe, "train.learning_rate=1.0e+38", overwrite=True)
-    states = {stage.stage: stage.state for stage in read_status(tmp_path / "run")}
-    assert states["warmup"] == "done"
+    assert states(tmp_path / "run")["warmup"] == "done"
     assert (tmp_path / "run" / "train" / "adapter").is_dir()
 
 

@@ -34,6 +34,13 @@ def test_last_checkpoint_is_the_last_whole_one(tmp_path: Path) -> None:
     assert resume.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
+def test_torn_checkpoints_go(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1)
+    checkpoint(tmp_path, 2, sealed=False)
+    resume.discard_torn(tmp_path)
+    assert names(tmp_path) == {"checkpoint-1"}
+
+
 def test_marker_follows_everything_to_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

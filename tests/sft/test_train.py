@@ -113,6 +113,9 @@ def assert_same(one: TrainingResult, other: TrainingResult) -> None:
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
     assert one.history == other.history
+    assert {file.name for file in one.path.iterdir()} == {
+        file.name for file in other.path.iterdir()
+    }
     assert one.best_step == other.best_step
 
 
@@ -440,6 +443,12 @@ def kill(*args: Any, **kwargs: Any) -> None:
     raise Killed
 
 
+def kill_while_writing(trainer: Any, checkpoint: str) -> None:
+    """Leave what a writer that renames its file into place leaves."""
+    (Path(checkpoint) / ".tmpXYZ").write_bytes(b"half a file")
+    raise Killed
+
+
 def kill_at(step: int) -> Callable[..., None]:
     def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **_: Any) -> None:
         if state.global_step == step:
@@ -453,7 +462,11 @@ MOMENTS = {
     "before the first checkpoint": (callbacks.SealCheckpoints, "on_step_begin", kill_at(1)),
     "after a checkpoint": (callbacks.SealCheckpoints, "on_step_begin", kill_at(2)),
     "between checkpoints": (callbacks.SealCheckpoints, "on_step_begin", kill_at(5)),
-    "while a checkpoint is written": (SFTTrainer, "_save_optimizer_and_scheduler", kill),
+    "while a checkpoint is written": (
+        SFTTrainer,
+        "_save_optimizer_and_scheduler",
+        kill_while_writing,
+    ),
     "before a checkpoint is sealed": (callbacks, "seal", kill),
     "before old checkpoints go": (callbacks, "discard_superseded", kill),
     "while the result is published": (training, "_link", kill),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -116,6 +117,18 @@ def test_inductor():
     for run in (torch.compile(model, fullgraph=True), twin):
         run(X).square().mean().backward()
     check_gradients(model, twin)
+
+
+def test_two_active_adapters():
+    config = partial(NeftConfig, axes={"down": "column"})
+    wrapped = get_peft_model(Block(), config(neurons={"up": [0, 3], "down": [1, 2]}))
+    wrapped.add_adapter("other", config(neurons={"up": [4], "down": [40]}))
+    for adapter in ("default", "other"):
+        for parameter in vectors(wrapped, adapter).values():
+            parameter.data.mul_(2)
+    wrapped.base_model.set_adapter(["default", "other"])
+    compiled = torch.compile(wrapped, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(evaluate(compiled), evaluate(wrapped))
 
 
 def test_gradient_of_the_input():

@@ -259,6 +259,21 @@ def test_overlapping_adapters_refuse_to_be_active_or_merged_together(tiny_model)
     assert same_bits(base_state(wrapped), before)
 
 
+def test_a_name_may_be_used_again_for_other_neurons(tiny_model):
+    model = tiny_model()
+    wrapped = with_second(adapted(model), choose(model))
+    wrapped.delete_adapter("other")
+    with_second(wrapped, choose(model, start=1))
+    wrapped.base_model.set_adapter(["default", "other"])
+    logits(wrapped)  # they do not overlap any more
+    wrapped.set_adapter("default")
+    wrapped.delete_adapter("other")
+    with_second(wrapped, choose(model, every=2))
+    wrapped.base_model.set_adapter(["other", "default"])
+    with pytest.raises(NeuronError, match="adapters 'other' and 'default' train some"):
+        logits(wrapped)
+
+
 def test_rows_and_columns_of_one_weight_always_overlap(tiny_model):
     model = tiny_model()
     name = choose(model).modules()[0]
@@ -330,6 +345,8 @@ def test_copies_are_equal_and_independent(tiny_model, copied):
     assert torch.equal(logits(twin), output)
     with twin.disable_adapter():
         assert torch.equal(logits(twin), without)
+    logits(twin)
+    assert same_bits(base_state(twin), base_state(wrapped))
     move(twin, seed=9)
     assert not torch.equal(logits(twin), output)
     assert torch.equal(logits(wrapped), output)

@@ -125,7 +125,7 @@ def _bring_to_finish(stage: Stage, planned: Record, folder: StageFolder, say: Sa
     try:
         stage.run(folder.working)
     except BaseException:
-        if True:
+        if not (stage.resumable and folder.has_progress()):
             folder.discard_working()
         raise
     record = folder.finish(record, time.perf_counter() - start)

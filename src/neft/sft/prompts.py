@@ -35,6 +35,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the examples."""
+        return {"used": len(self), "dropped": self.num_dropped, "truncated": self.num_truncated}
+
 
 def prompt_ids(
     example: Example, tokenizer: PreTrainedTokenizerBase, data: DataSection

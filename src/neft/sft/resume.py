@@ -1,8 +1,7 @@
 """A run's trainer checkpoints on disk: which are whole, and which are still needed.
 
 The trainer writes a checkpoint file by file. A marker, written once everything else has reached the disk,
-tells a whole checkpoint from one that a kill or a power cut tore; it goes first when one is deleted. A
-torn one counts as absent: it is written anew, or deleted as soon as the next one is whole.
+tells a whole checkpoint from one that a kill or a power cut tore; it goes first when one is deleted.
 """
 
 from __future__ import annotations
@@ -56,6 +55,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def is_trainer_file(file: Path) -> bool:
     """Whether a file of a checkpoint serves the trainer, and is no part of the model or adapter."""
     return any(fnmatch(file.name, pattern) for pattern in _TRAINER_FILES)
+
+
+def discard_torn(checkpoints: Path) -> None:
+    """Delete checkpoints that were never finished: what lies in them must not mix with a later save."""
+    for folder in _all(checkpoints):
+        if not (folder / _MARKER).is_file():
+            shutil.rmtree(folder)
 
 
 def discard_superseded(checkpoints: Path, best: int | None, last: int) -> None:

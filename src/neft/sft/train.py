@@ -35,6 +35,7 @@ from neft.sft.methods import METHODS, check_neurons, prepare
 from neft.sft.prompts import Encoded, encode_all
 from neft.sft.resume import (
     checkpoint_folder,
+    discard_torn,
     is_trainer_file,
     last_checkpoint,
     read_state,
@@ -233,6 +234,7 @@ def _is_trained(checkpoints: Path) -> bool:
 
 
 def _train(run: _Run) -> None:
+    discard_torn(run.checkpoints)
     last = last_checkpoint(run.checkpoints)
     set_seed(run.seed)
     with quiet_transformers(), StopOnSignal() as stop, ShowProgress() as shown:
@@ -357,8 +359,7 @@ def _publish(run: _Run) -> None:
     name = "adapter" if METHODS[run.method].makes_adapter else "model"
     _link_result(checkpoint_folder(run.checkpoints, state["best_global_step"]), run.folder / name)
     plan = json.loads(run.plan.read_text(encoding="utf-8"))
-    logged = state["log_history"]
-    steps = [entry for entry in logged if "loss" in entry]
+    steps = [entry for entry in state["log_history"] if "loss" in entry]
     write_json(
         run.folder / RECORD,
         plan
@@ -368,14 +369,7 @@ def _publish(run: _Run) -> None:
             "best_step": state["best_global_step"],
             "best_dev_loss": state["best_metric"],
             "seconds_per_step": statistics.median(entry["seconds"] for entry in steps),
-            "examples": {
-                split: {
-                    "used": len(encoded),
-                    "dropped": encoded.num_dropped,
-                    "truncated": encoded.num_truncated,
-                }
-                for split, encoded in (("train", run.train), ("dev", run.dev))
-            },
+            "examples": {"train": run.train.counts, "dev": run.dev.counts},
             "versions": {"neft": neft.__version__}
             | {package: version(package) for package in ("torch", "transformers", "peft", "trl")},
             "history": {
@@ -385,7 +379,7 @@ def _publish(run: _Run) -> None:
                 ],
                 "dev": [
                     {"step": entry["step"], "loss": entry["eval_loss"]}
-                    for entry in logged
+                    for entry in state["log_history"]
                     if "eval_loss" in entry
                 ],
             },

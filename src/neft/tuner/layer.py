@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self.neft_vectors = nn.ModuleDict()
         self.neft_indices = NeuronIndices()
         self.neft_projections: dict[str, Projection] = {}
+        # Pairs of adapters, in both orders; found out once, because a compiled graph cannot ask.
+        self._overlapping: set[tuple[str, str]] = set()
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -120,6 +123,11 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         # 16-bit updates below half a unit in the last place would be lost: at least float32.
         master_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.neft_vectors[adapter_name] = MasterVectors(originals.to(master_dtype, copy=True))
+        others = [name for name in self.neft_vectors if name != adapter_name]
+        self._overlapping = {pair for pair in self._overlapping if adapter_name not in pair}
+        for other in others:
+            if self._overlap(adapter_name, other):
+                self._overlapping |= {(adapter_name, other), (other, adapter_name)}
 
     def _selection(self, adapter_name: str) -> Selection:
         projection = self.neft_projections[adapter_name]
@@ -138,14 +146,17 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def _check_disjoint(self, names: tuple[str, ...]) -> None:
         """Adapters active together must not claim the same scalars: neither value would be right."""
-        for position, name in enumerate(names):
-            for other in names[:position]:
-                same_axis = self.neft_projections[name].axis is self.neft_projections[other].axis
-                if not same_axis or _intersect(self.neft_indices[name], self.neft_indices[other]):
-                    raise NeuronError(
-                        f"{self.name}: adapters {other!r} and {name!r} train some of the same neurons, "
-                        "so they cannot be active or merged together. Activate one at a time."
-                    )
+        for pair in combinations(names, 2):
+            if pair in self._overlapping:
+                raise NeuronError(
+                    f"{self.name}: adapters {pair[0]!r} and {pair[1]!r} train some of the same neurons, "
+                    "so they cannot be active or merged together. Activate one at a time."
+                )
+
+    def _overlap(self, name: str, other: str) -> bool:
+        if self.neft_projections[name].axis is not self.neft_projections[other].axis:
+            return True
+        return bool(torch.isin(self.neft_indices[name], self.neft_indices[other]).any())
 
     @torch.no_grad()
     def _load(self, names: tuple[str, ...], reuse: bool = False) -> Tensor:
@@ -226,7 +237,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = self._active()
         if torch.is_grad_enabled():
-            self._check_trainable(names)
+            self._prepare_training(names)
         if self._unwritable():
             return self._forward_overlay(x, names)
         if torch.is_grad_enabled():
@@ -238,7 +249,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         """The base weight must be left alone: it is offloaded, or part of a graph being compiled."""
         return torch.compiler.is_compiling() or self._base.weight.is_meta
 
-    def _check_trainable(self, names: tuple[str, ...]) -> None:
+    def _prepare_training(self, names: tuple[str, ...]) -> None:
+        """The base weight must be frozen, and the vectors wide enough for small updates."""
         if self._base.weight.requires_grad:
             raise UsageError(
                 f"{self.name}: the base weight requires a gradient, but NeFT trains chosen neurons "
@@ -437,10 +449,6 @@ def _features(layer: nn.Linear | Conv1D) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     return layer.in_features, layer.out_features
-
-
-def _intersect(left: Tensor, right: Tensor) -> bool:
-    return bool(torch.isin(left, right).any())
 
 
 def _restore_before_saving(layer: NeftLinear, _prefix: str, _keep_vars: bool) -> None:

@@ -120,7 +120,9 @@ def test_unforeseen_error(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("neft.pipeline.info.describe", fail)
     result = CliRunner().invoke(app, ["info", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: unexpected ZeroDivisionError: by zero [of all things]\n")
+    assert result.stderr.startswith(
+        "error: unexpected ZeroDivisionError: by zero [of all things]\n"
+    )
     assert "--debug" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -8,7 +8,14 @@ import pytest
 import yaml
 
 from neft.errors import RecipeError
-from neft.recipe import HubData, ParallelFiles, Recipe, load_recipe, parse_recipe
+from neft.recipe import (
+    HubData,
+    ParallelFiles,
+    Recipe,
+    find_recipes,
+    load_recipe,
+    parse_recipe,
+)
 
 GOOD: dict[str, Any] = {
     "output": "runs/demo",
@@ -317,3 +324,25 @@ def test_recipes_are_frozen() -> None:
     recipe = parse_recipe(GOOD, "r.yaml")
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
+
+
+def test_find_recipes_looks_into_folders(tmp_path):
+    (tmp_path / "deep").mkdir()
+    files = [tmp_path / "a.yaml", tmp_path / "deep" / "b.yaml"]
+    for file in files:
+        file.touch()
+    (tmp_path / "notes.txt").touch()
+    assert find_recipes([tmp_path]) == files
+    assert find_recipes([files[1], files[0]]) == [files[1], files[0]]
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "nowhere.yaml", "empty"])
+def test_find_recipes_names_a_place_without_any(tmp_path, missing):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=f"{missing}: no recipe there"):
+        find_recipes([tmp_path / missing])
+
+
+def test_every_recipe_of_the_project_fits():
+    for recipe in find_recipes([Path(__file__).parents[1] / "recipes"]):
+        load_recipe(recipe)

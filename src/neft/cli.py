@@ -137,6 +137,21 @@ def run(recipe: RecipeFile, settings: Settings = None, overwrite: Overwrite = Fa
 
 
 @_command
+def validate(
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(help="YAML files, or folders of them.", show_default=False),
+    ],
+) -> None:
+    """Check that recipes fit the schema; looks at no data and no model."""
+    from neft.recipe import find_recipes, load_recipe
+
+    for recipe in find_recipes(recipes):
+        load_recipe(recipe)
+        typer.echo(f"{recipe}: fits")
+
+
+@_command
 def status(
     run: Annotated[Path, typer.Argument(help="The output folder of a run.", show_default=False)],
     as_json: AsJson = False,

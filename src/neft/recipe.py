@@ -259,6 +259,21 @@ class Recipe(_Section):
         return self
 
 
+def find_recipes(places: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Recipe files, in order; a folder stands for all ``.yaml`` files in it, at any depth.
+
+    Raises:
+        RecipeError: a place that is not there, or a folder without recipes.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        files = sorted(place.rglob("*.yaml")) if place.is_dir() else [place]
+        if not files or not files[0].is_file():
+            raise RecipeError(f"{place}: no recipe there; a recipe is a .yaml file.")
+        found += files
+    return found
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 

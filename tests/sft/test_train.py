@@ -511,6 +511,18 @@ def kill_for(original: Callable[..., Any], moment: str) -> Callable[..., Any]:
     return replacement
 
 
+def test_torn_checkpoint_leaves_nothing_in_the_result(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of one step, so that the same checkpoint, written again, is the best.
+    whole = run(tmp_path / "whole", steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(SFTTrainer, "_save_optimizer_and_scheduler", kill_while_writing)
+        with pytest.raises(Killed):
+            run(tmp_path / "broken", steps=1)
+    assert_same(run(tmp_path / "broken", steps=1), whole)
+
+
 @pytest.mark.parametrize(
     ("options", "kills"),
     [

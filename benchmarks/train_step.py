@@ -56,7 +56,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(512, 1376, 10, 8, 8192, 4, 128, rounds=9),
+    "quick": Preset(768, 2048, 10, 12, 8192, 2, 128, rounds=5),
     "cpu": Preset(768, 2048, 20, 12, 16384, 4, 128, rounds=7),
 }
 

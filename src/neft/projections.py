@@ -124,7 +124,7 @@ def find_projections(
             table and so has no roles; the message shows what there is to choose from.
         CheckpointError: ``model`` is no checkpoint with a readable config.
     """
-    network = _Network(_as_module(model))
+    network = _Network(as_module(model))
     wanted = network.default_modules() if modules is None else modules
     if isinstance(wanted, str) or not wanted:
         raise ArchitectureError(
@@ -147,7 +147,7 @@ def _as_axis(pattern: str, axis: str) -> Axis:
         raise ArchitectureError(f"axes[{pattern!r}] is {axis!r}; choose row or column.") from error
 
 
-def _as_module(model: nn.Module | PreTrainedConfig | str | os.PathLike[str]) -> nn.Module:
+def as_module(model: nn.Module | PreTrainedConfig | str | os.PathLike[str]) -> nn.Module:
     from torch import nn
 
     if isinstance(model, nn.Module):

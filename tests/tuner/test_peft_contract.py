@@ -300,12 +300,12 @@ def test_state_dict_holds_the_original_weights(tiny_model, family):
 @pytest.mark.parametrize("assign", [False, True])
 def test_loading_base_weights_under_an_adapter(tiny_model, assign):
     wrapped = adapted(tiny_model(seed=0))
-    logits(wrapped)  # the vectors are resident
     new = tiny_model(seed=5).state_dict()
     state = {
         name: new[plain].clone() if (plain := plain_name(name)) in new else tensor
         for name, tensor in wrapped.state_dict().items()
     }
+    logits(wrapped)  # the vectors are resident
     wrapped.load_state_dict(state, assign=assign)
     reference = tiny_model(seed=5)
     with wrapped.disable_adapter():

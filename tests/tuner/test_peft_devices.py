@@ -26,6 +26,7 @@ from torch import distributed, nn
 
 from neft import NeftConfig
 from neft.errors import UsageError
+from neft.tuner.layer import NeftLinear
 
 
 @pytest.fixture(params=["cpu", "disk"])
@@ -110,6 +111,19 @@ def test_weights_that_come_after_the_adapter():
         with empty.disable_adapter(), full.disable_adapter():
             assert torch.equal(empty(x), full(x))
     assert same_bits(base_state(empty), base_state(full))
+
+
+def test_emptying_the_model(tiny_model):
+    """What is to be put back moves along with the weight."""
+    wrapped = adapted(tiny_model())
+    wrapped.merge_adapter()
+    wrapped.to("meta")
+    layers = [module for module in wrapped.modules() if isinstance(module, NeftLinear)]
+    put_back = [originals for layer in layers for originals in layer._resident.values()]
+    assert len(put_back) == len(layers)
+    assert {originals.device.type for originals in put_back} == {"meta"}
+    wrapped.unmerge_adapter()
+    assert {tensor.device.type for tensor in wrapped.state_dict().values()} == {"meta"}
 
 
 @pytest.fixture

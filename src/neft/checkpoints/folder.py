@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from neft.checkpoints.source import TensorInfo, WeightSource
 from neft.errors import CheckpointError
-from neft.projections import _as_module as as_module
+from neft.projections import as_module
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from neft.checkpoints.source import TensorInfo, WeightSource
 from neft.errors import CheckpointError
-from neft.projections import _as_module as as_module
+from neft.projections import as_module
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

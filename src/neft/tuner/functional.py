@@ -28,7 +28,8 @@ class Selection:
     def write(self, weight: Tensor, vectors_KL: Tensor) -> None:
         """Overwrite the chosen neurons of the stored ``weight`` in place."""
         values = vectors_KL.to(weight.dtype)
-        source = values if self.neuron_dim == 0 else values.T
+        # A column at a time out of a transposed view would stride through memory on both sides.
+        source = values if self.neuron_dim == 0 else values.T.contiguous()
         weight.index_copy_(self.neuron_dim, self.indices_K, source)
 
     def read(self, weight: Tensor) -> Tensor:

@@ -102,10 +102,10 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         # Adapters whose vectors the base weight holds now, with the original values in their places. Read
         # when the vectors move in, not when the adapter is made: until then, weights may be loaded.
         self._resident: dict[str, Tensor] = {}
-        # What the resident vectors were when they were written.
+        # What the resident vectors were when they were written, and for whom.
         self._stamp: object = None
         self.register_state_dict_pre_hook(_restore_before_saving)
-        self.register_load_state_dict_pre_hook(_restore_before_loading)
+        pass
 
     @property
     def _base(self) -> nn.Linear | Conv1D:
@@ -159,19 +159,20 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         return bool(torch.isin(self.neft_indices[name], self.neft_indices[other]).any())
 
     @torch.no_grad()
-    def _load(self, names: tuple[str, ...], reuse: bool = False) -> Tensor:
+    def _load(self, names: tuple[str, ...], user: object) -> Tensor:
         """The base weight, holding exactly the vectors of ``names`` and else the original values.
 
         Args:
             names: adapters.
-            reuse: trust the stamp, which does not see writes to ``vectors.data``.
+            user: who loads. The weight is trusted to hold still what the same user wrote last, as far
+                as version counters tell; they do not see writes to ``vectors.data``.
         """
         if names != tuple(self._resident):
             self._restore()
         weight: Tensor = self._base.weight
         if not names:
             return weight
-        stamp = self._stamp_of(names) if reuse else None
+        stamp = self._stamp_of(names, user)
         if stamp is not None and stamp == self._stamp:
             return weight
         if not self._resident:
@@ -184,7 +185,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self._stamp = stamp
         return weight
 
-    def _stamp_of(self, names: tuple[str, ...]) -> object:
+    def _stamp_of(self, names: tuple[str, ...], user: object) -> object:
         """Changes with the vectors and with the weight they are in; None if that cannot be told."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Sharded weights are gathered anew, maybe at the same address, and count no version.
@@ -192,26 +193,27 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         vectors = [self._vectors(name) for name in names]
         if any(vector.is_inference() for vector in vectors):
             return None
-        return self._base.weight.data_ptr(), [(v.data_ptr(), v._version) for v in vectors]
+        return user, self._base.weight.data_ptr(), [(v.data_ptr(), v._version) for v in vectors]
 
     @torch.no_grad()
     def _restore(self) -> None:
         """Put the original values back."""
-        if not self._is_sharded():
+        if self._is_whole():
             self._put_back(self._base.weight)
         self._resident = {}
         self._stamp = None
 
-    def _is_sharded(self) -> bool:
-        """The weight is a shard, as FSDP and ZeRO keep it between passes; vectors are never in there."""
+    def _is_whole(self) -> bool:
+        """The base weight itself is here: not a shard, as FSDP and ZeRO keep between passes, nor a name
+        on the meta device. Those never held vectors."""
         weight = self._base.weight
-        if weight.numel() != self.in_features * self.out_features:
-            return True
-        if not torch.distributed.is_available():
+        if weight.is_meta or weight.numel() != self.in_features * self.out_features:
             return False
+        if not torch.distributed.is_available():
+            return True
         from torch.distributed.tensor import DTensor
 
-        return isinstance(weight, DTensor)
+        return not isinstance(weight, DTensor)
 
     def _put_back(self, weight: Tensor) -> None:
         for name, originals in self._resident.items():
@@ -242,7 +244,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             return self._forward_overlay(x, names)
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
-        self._load(names, reuse=True)
+        self._load(names, _EVALUATION)
         return self._run(x)
 
     def _unwritable(self) -> bool:
@@ -270,8 +272,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def _forward_training(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         base_layer = self._base
-        # An optimizer step may follow that writes to the vectors behind their version counter.
-        self._stamp = None
+        # Optimizers may write to the vectors behind their version counters, so each forward pass loads
+        # them anew; its backward pass need not if nobody came between.
+        this_pass = object()
 
         def load() -> Tensor:
             if self.merged:
@@ -279,7 +282,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                     f"{self.name}: adapters {self.merged_adapters} were merged between a forward pass "
                     "and its backward pass. Merge after the backward pass."
                 )
-            return self._load(names)
+            return self._load(names, this_pass)
 
         return write_through(
             x,
@@ -343,7 +346,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                     f"{self.name}: NaNs detected in the merged weights. The adapter {name} seems to be "
                     "broken: some of its vectors hold NaN or infinite values. This layer was not merged."
                 )
-        self._load(together)
+        self._load(together, user=object())
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -376,7 +379,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if self.merged or self._unwritable():
             weight: Tensor = self._base.weight
             return weight
-        return self._load(self._active())
+        return self._load(self._active(), user=object())
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -438,6 +441,9 @@ def check_supported(layer: nn.Module, name: str) -> None:
             f"{name}: NeFT can train neurons of torch.nn.Linear and transformers' Conv1D, this layer is "
             f"a {kind.__module__}.{kind.__qualname__}. Choose other modules."
         )
+
+
+_EVALUATION = "evaluation"
 
 
 def _is_master(dtype: torch.dtype) -> bool:

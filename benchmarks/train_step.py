@@ -56,7 +56,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(768, 2048, 10, 12, 8192, 2, 128, rounds=5),
+    "quick": Preset(768, 2048, 10, 12, 32000, 4, 128, rounds=3),
     "cpu": Preset(768, 2048, 20, 12, 16384, 4, 128, rounds=7),
 }
 

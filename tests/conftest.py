@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import string
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; threads that wait for one another take several times as long.
+    torch.set_num_threads(1)
 
 # Two layers; in each, 64 in-neurons and 64 out-neurons of length 32.
 _TINY: dict[str, Any] = {

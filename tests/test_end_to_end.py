@@ -94,7 +94,7 @@ def evaluated(run: Path) -> list[str]:
 
 def test_nine_percent_of_all_parameters_are_chosen(recipe, finished):
     neurons = NeuronSet.load(finished / "select" / "neurons.json")
-    total = open_weights(recipe.model.path).total_parameters
+    total = open_weights(recipe.model.path).num_parameters
     assert total == 134_515_008
     assert len(neurons) == int(0.09 * total / 576)
     assert set(neurons.counts_by_role()) == {"up", "down"}

@@ -105,7 +105,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         # What the resident vectors were when they were written, and for whom.
         self._stamp: object = None
         self.register_state_dict_pre_hook(_restore_before_saving)
-        pass
+        self.register_load_state_dict_pre_hook(_restore_before_loading)
 
     @property
     def _base(self) -> nn.Linear | Conv1D:
@@ -204,8 +204,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self._stamp = None
 
     def _is_whole(self) -> bool:
-        """The base weight itself is here: not a shard, as FSDP and ZeRO keep between passes, nor a name
-        on the meta device. Those never held vectors."""
+        """The base weight itself is here; a shard (FSDP, ZeRO) or a name on meta never held vectors."""
         weight = self._base.weight
         if weight.is_meta or weight.numel() != self.in_features * self.out_features:
             return False

@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/neft run recipes/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

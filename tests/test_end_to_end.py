@@ -22,7 +22,8 @@ from neft.sft.prompts import prompt_ids
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.real
+# One run serves all tests here, so they must not be spread over workers.
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
 
 PAIRS = [
     ("Open the file.", "Ouvrir le fichier."),

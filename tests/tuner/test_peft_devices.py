@@ -57,6 +57,17 @@ def test_adapter_on_an_offloaded_base(tiny_model, offload, tmp_path):
     assert torch.equal(logits(loaded), logits(twin))
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_onto_an_offloaded_base(tiny_model, offload, tmp_path, low_cpu_mem_usage):
+    twin = adapted(tiny_model())
+    twin.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        offload(tiny_model()), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert {parameter.device.type for parameter in vectors(loaded).values()} == {"cpu"}
+    torch.testing.assert_close(logits(loaded), logits(twin))
+
+
 def test_merging_into_an_offloaded_base(tiny_model):
     wrapped = adapted(cpu_offload(tiny_model()), choose(tiny_model()))
     output = logits(adapted(tiny_model()))

@@ -14,7 +14,8 @@ demo: $(INSTALLED)
 	$(BIN)/neft run recipes/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 -m "not real"
+	$(BIN)/pytest -m real
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

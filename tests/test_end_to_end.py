@@ -22,8 +22,7 @@ from neft.sft.prompts import prompt_ids
 
 ROOT = Path(__file__).parents[1]
 
-# One run serves all tests here, so they must not be spread over workers.
-pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
+pytestmark = pytest.mark.real
 
 PAIRS = [
     ("Open the file.", "Ouvrir le fichier."),

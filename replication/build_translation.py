@@ -7,31 +7,30 @@ in them is imported or executed. Translations are cleaned, one target is kept fo
 pairs are split by a hash of the normalised source. The same wheels give the same bytes.
 
 Output: ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``, one ``{"source", "target", "origin"}`` a line
-in random (hashed) order, so that the first n rows are a fair sample; and ``report.json`` with counts and
-hashes, written last. README.md in this folder lists the wheels with their licences.
+in random (hashed) order, so that the first n rows are a fair sample; ``train_A.jsonl`` and
+``train_B.jsonl``, the disjoint halves of train; and ``report.json`` with counts and hashes, written last.
+README.md in this folder lists the wheels with their licences.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import html
-import json
 import re
 import sys
 import tempfile
 import unicodedata
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from neft.errors import DataError, NeftError
-from neft.files import write_json, write_text
-from wheels import CACHE, Wheel, fetch_wheels, read_lock
+import dataset_folder
+from dataset_folder import finished_report, fraction, program_digest, publish
+from neft.errors import DataError
+from wheels import CACHE, fetch_wheels, read_lock
 
 LOCK = Path(__file__).with_name("wheels.lock.json")
 MAX_CHARS = 300
@@ -242,11 +241,6 @@ def normalised(source: str) -> str:
     return " ".join(re.findall(r"[a-z]+|0", text))
 
 
-def _fraction(text: str) -> float:
-    """A hash of ``text``, uniform in 0..1."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-
-
 def _with_one_word_open(source: str) -> list[str]:
     """The normalised source with each word in turn left open: sources that differ by a word share one."""
     parts = normalised(source).split()
@@ -271,8 +265,8 @@ def split(pairs: Iterable[Pair], held_out: float) -> dict[str, list[Pair]]:
         held_out: share of the sources, 0..0.5, whose hash falls to dev; as many again fall to test.
     """
     zones: dict[str, list[Pair]] = {"train": [], "dev": [], "test": []}
-    for pair in sorted(pairs, key=lambda pair: (_fraction(f"order {pair.source}"), pair.source)):
-        place = _fraction(f"split {normalised(pair.source)}")
+    for pair in sorted(pairs, key=lambda pair: (fraction(f"order {pair.source}"), pair.source)):
+        place = fraction(f"split {normalised(pair.source)}")
         name = "test" if place < held_out else "dev" if place >= 1 - held_out else "train"
         zones[name].append(pair)
     train = _with_few_labels(zones["train"])
@@ -303,65 +297,44 @@ def _held_out(pairs: Iterable[Pair], apart_from: Iterable[Pair]) -> list[Pair]:
     return list(kept.values())[:MAX_HELD_OUT]
 
 
-# --- Write ----------------------------------------------------------------------------------------
+# --- Build ----------------------------------------------------------------------------------------
 
 
-def write_splits(splits: Mapping[str, Sequence[Pair]], folder: Path) -> dict[str, Any]:
-    """Write one JSONL file a split; the count and sha256 of each."""
-    files: dict[str, Any] = {}
-    for name, pairs in splits.items():
-        text = "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
-        write_text(folder / f"{name}.jsonl", text)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        files[f"{name}.jsonl"] = {"pairs": len(pairs), "sha256": digest}
-    return files
-
-
-def _inputs(language: str, wheels: Sequence[Wheel]) -> dict[str, Any]:
-    """What determines the output: this program, the language, the wheels."""
-    program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return {
-        "language": language,
-        "program": program,
-        "wheels": {wheel.requirement: wheel.sha256 for wheel in wheels},
-    }
-
-
-def _finished_report(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of an earlier, whole run with the same inputs."""
-    try:
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        digests = {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in report["files"]
-        }
-    except (FileNotFoundError, ValueError, KeyError):  # nothing there, or torn
-        return None
-    unchanged = all(digests[name] == file["sha256"] for name, file in report["files"].items())
-    return report if unchanged and report["inputs"] == inputs else None
+def halves(train: Iterable[Pair]) -> dict[str, list[Pair]]:
+    """``train`` as two disjoint data sets of the same task; near-duplicates fall to the same half."""
+    parts: dict[str, list[Pair]] = {"train_A": [], "train_B": []}
+    for pair in train:
+        first = fraction(f"half {normalised(pair.source)}") < 0.5
+        parts["train_A" if first else "train_B"].append(pair)
+    return parts
 
 
 def build_translation(
     folder: Path, cache: Path, language: str = "fr", lock: Path = LOCK
 ) -> dict[str, Any]:
-    """Build the three splits in ``folder``, unless they are there already.
+    """Build the splits in ``folder``, unless they are there already.
 
     Args:
-        folder: gets ``train.jsonl``, ``dev.jsonl``, ``test.jsonl`` and, last, ``report.json``.
+        folder: gets ``train.jsonl``, ``dev.jsonl``, ``test.jsonl``, ``train_A.jsonl``,
+            ``train_B.jsonl`` and, last, ``report.json``.
         cache: folder of downloaded wheels.
         language: a key of ``LANGUAGES``.
-        lock: the pinned wheels.
+        lock: the pinned wheels, of which those that list the language are read.
 
     Returns:
-        The report: inputs; pairs and sha256 of each file; how many entries each filter dropped.
+        The report: inputs; rows and sha256 of each file; how many entries each filter dropped.
 
     Raises:
         DataError: a wheel that cannot be fetched, is not the pinned one, or holds a broken catalog; or
             a split without a single pair.
     """
-    wheels = read_lock(lock)
-    inputs = _inputs(language, wheels)
-    if report := _finished_report(folder, inputs):
+    wheels = [wheel for wheel in read_lock(lock) if language in wheel.languages]
+    inputs = {
+        "language": language,
+        "program": program_digest(__file__, dataset_folder.__file__),
+        "wheels": {wheel.requirement: wheel.sha256 for wheel in wheels},
+    }
+    if report := finished_report(folder, inputs):
         return report
     candidates: list[Pair] = []
     dropped: Counter[str] = Counter()
@@ -375,28 +348,22 @@ def build_translation(
     splits = split(choose_targets(candidates), LANGUAGES[language].held_out)
     if empty := [name for name, pairs in splits.items() if not pairs]:
         raise DataError(
-            f"{lock}: no {LANGUAGES[language].name} pairs are left for {' and '.join(empty)}; these "
-            "wheels hold too few, or too similar, sentences. Pin more of them."
+            f"{lock}: no {LANGUAGES[language].name} pairs are left for {' and '.join(empty)}; its "
+            f"{len(wheels)} wheels of that language hold too few, or too similar, sentences. Pin more."
         )
-    # Without its report, a folder that is half old and half new never passes for a finished one.
-    (folder / "report.json").unlink(missing_ok=True)
-    files = write_splits(splits, folder)
-    report = {
-        "inputs": inputs,
-        "files": files,
-        "origins": dict(Counter(pair.origin for rows in splits.values() for pair in rows)),
-        "dropped": dict(dropped.most_common()),
-    }
-    write_json(folder / "report.json", report)
-    return report
+    origins = Counter(pair.origin for pairs in splits.values() for pair in pairs)
+    files = splits | halves(splits["train"])
+    return publish(
+        folder,
+        inputs,
+        {name: [asdict(pair) for pair in pairs] for name, pairs in files.items()},
+        {"origins": dict(origins.most_common()), "dropped": dict(dropped.most_common())},
+    )
 
 
 def main() -> int:
     """Parse, build, print."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = dataset_folder.argument_parser(__doc__)
     parser.add_argument("--language", choices=LANGUAGES, default="fr", help="translate into this")
     parser.add_argument(
         "--output", type=Path, help="folder of the data; data/en-LANGUAGE if not given"
@@ -405,14 +372,9 @@ def main() -> int:
     parser.add_argument("--lock", type=Path, default=LOCK, help="the pinned wheels")
     options = parser.parse_args()
     folder = options.output or Path(f"data/en-{options.language}")
-    try:
-        report = build_translation(folder, options.cache, options.language, options.lock)
-    except NeftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    for name, file in report["files"].items():
-        print(f"{folder / name}: {file['pairs']:,} pairs, sha256 {file['sha256']}")
-    return 0
+    return dataset_folder.run(
+        lambda: build_translation(folder, options.cache, options.language, options.lock), folder
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ class Wheel:
     file: str
     sha256: str
     license: str
+    languages: Sequence[str] = ()
+    """Target languages whose translation data it takes part in."""
 
     @property
     def origin(self) -> str:

@@ -16,7 +16,7 @@ from neft.checkpoints import open_weights
 from neft.evaluation import generate
 from neft.models import load_model
 from neft.pipeline.run import run
-from neft.recipe import Recipe, parse_recipe
+from neft.recipe import Recipe, checked
 from neft.sft.data import load_examples
 from neft.sft.prompts import prompt_ids
 

@@ -14,7 +14,7 @@ from neft.recipe import (
     Recipe,
     find_recipes,
     load_recipe,
-    parse_recipe,
+    checked,
 )
 
 GOOD: dict[str, Any] = {
@@ -50,7 +50,7 @@ def changed(**settings: Any) -> dict[str, Any]:
 
 def faults(fields: dict[str, Any]) -> list[str]:
     with pytest.raises(RecipeError) as caught:
-        parse_recipe(fields, "r.yaml")
+        checked(Recipe, fields, "r.yaml")
     head, *lines = str(caught.value).split("\n")
     count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
     assert head == f"r.yaml: {count}:"
@@ -65,7 +65,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 
 def test_good_recipe_and_its_defaults() -> None:
-    recipe = parse_recipe(GOOD, "r.yaml")
+    recipe = checked(Recipe, GOOD, "r.yaml")
     assert recipe.select is not None
     assert (recipe.select.percent, recipe.select.count, recipe.select.which) == (9, None, "lowest")
     assert recipe.train.method == "neft"
@@ -75,13 +75,13 @@ def test_good_recipe_and_its_defaults() -> None:
 
 
 def test_a_recipe_survives_its_own_dump() -> None:
-    recipe = parse_recipe(changed(data__dev={"source": "dev.en", "target": "dev.fr"}), "r.yaml")
+    recipe = checked(Recipe, changed(data__dev={"source": "dev.en", "target": "dev.fr"}), "r.yaml")
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
-    assert parse_recipe(recipe.model_dump(), "again") == recipe
+    assert checked(Recipe, recipe.model_dump(), "again") == recipe
 
 
 def test_load_names_the_file_in_faults(recipe_file: Path) -> None:
-    assert load_recipe(recipe_file) == parse_recipe(GOOD, "r.yaml")
+    assert load_recipe(recipe_file) == checked(Recipe, GOOD, "r.yaml")
     recipe_file.write_text(yaml.safe_dump(changed(train__stepz=3)), encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file)
@@ -176,7 +176,7 @@ def test_one_fault(settings: dict[str, Any], fault: str) -> None:
 
 
 def test_training_without_neurons_needs_no_warmup() -> None:
-    recipe = parse_recipe(changed(warmup=..., select=..., train__method="full"), "r.yaml")
+    recipe = checked(Recipe, changed(warmup=..., select=..., train__method="full"), "r.yaml")
     assert recipe.warmup is None
 
 
@@ -206,7 +206,7 @@ def test_data_sources() -> None:
         data__train={"source": "a.en", "target": "a.fr"},
         data__test={"id": "org/set", "split": "test"},
     )
-    data = parse_recipe(fields, "r.yaml").data
+    data = checked(Recipe, fields, "r.yaml").data
     assert data.train == ParallelFiles(source="a.en", target="a.fr")
     assert data.dev == "dev.jsonl"
     assert data.test == HubData(id="org/set", split="test")
@@ -321,7 +321,7 @@ def test_wrong_override(recipe_file: Path, override: str, message: str) -> None:
 
 
 def test_recipes_are_frozen() -> None:
-    recipe = parse_recipe(GOOD, "r.yaml")
+    recipe = checked(Recipe, GOOD, "r.yaml")
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
 

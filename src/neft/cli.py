@@ -137,6 +137,50 @@ def run(recipe: RecipeFile, settings: Settings = None, overwrite: Overwrite = Fa
 
 
 @_command
+def compare(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="Cells at a time: one a GPU, or sharing the cores."),
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the cells and what each trains; run nothing.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods: tune each by the same rule, evaluate, and write tables and figures.
+
+    What is done already is skipped; a comparison that was interrupted goes on where it stopped.
+    """
+    from neft.comparison.schema import load_comparison
+
+    loaded = load_comparison(recipe, settings or ())
+    if dry_run:
+        from neft.comparison.outline import outline
+        from neft.console import show_outline
+
+        outlines = outline(loaded)
+        if as_json:
+            _print_json([asdict(row) for row in outlines])
+        else:
+            show_outline(outlines)
+        return
+    from neft.comparison.results import as_json as results_as_json
+    from neft.comparison.run import compare
+    from neft.console import say, show_comparison
+
+    compared = compare(loaded, num_jobs=jobs, retry=retry, say=say)
+    if as_json:
+        _print_json(results_as_json(compared.results))
+    else:
+        show_comparison(compared)
+    if compared.failures:
+        raise typer.Exit(1)
+
+
+@_command
 def validate(
     recipes: Annotated[
         list[Path],
@@ -144,10 +188,12 @@ def validate(
     ],
 ) -> None:
     """Check that recipes fit the schema; looks at no data and no model."""
-    from neft.recipe import find_recipes, load_recipe
+    from neft.comparison.schema import is_comparison, load_comparison
+    from neft.recipe import find_recipes, load_recipe, read_fields
 
     for recipe in find_recipes(recipes):
-        load_recipe(recipe)
+        load = load_comparison if is_comparison(read_fields(recipe)) else load_recipe
+        load(recipe)
         typer.echo(f"{recipe}: fits")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -20,6 +20,11 @@ from neft.pipeline.evaluate import PREDICTIONS, Evaluation
 from neft.pipeline.results import Results
 from neft.pipeline.run import duration
 from neft.pipeline.status import StageStatus
+
+if TYPE_CHECKING:
+    from neft.comparison.outline import Outline
+    from neft.comparison.results import RowResult
+    from neft.comparison.run import Compared
 
 # Wide enough for a signature or a path; a terminal has its own width.
 _WIDTH_OF_FILES = 120
@@ -99,6 +104,79 @@ def show_evaluation(evaluation: Evaluation, folder: Path) -> None:
         f"{evaluation.num_examples} test examples; predictions: {folder / PREDICTIONS}",
         soft_wrap=True,
     )
+
+
+def show_outline(outlines: Sequence[Outline]) -> None:
+    """A table a task: rows, trained parameters, memory."""
+    console = _stdout()
+    for task in dict.fromkeys(outline.task for outline in outlines):
+        rows = [outline for outline in outlines if outline.task == task]
+        table = Table(box=box.SIMPLE_HEAD, title=task, title_justify="left")
+        table.add_column("method")
+        for title in ("trained", "", "%", "memory", "runs"):
+            table.add_column(title, justify="right")
+        table.add_column("")
+        for row in rows:
+            table.add_row(
+                row.name,
+                f"{row.num_trainable:,}",
+                f"{row.num_trainable / 1e6:.1f}M",
+                f"{row.percent:.2f}",
+                size(row.num_bytes),
+                str(row.num_runs),
+                row.note,
+            )
+        console.print(table)
+    console.print(
+        f"{len(outlines)} rows, {sum(outline.num_runs for outline in outlines)} training runs (more where "
+        "a grid is widened). Memory: weights, gradients and optimizer states; activations come on top.",
+        soft_wrap=True,
+    )
+
+
+def show_comparison(compared: Compared) -> None:
+    """A table a task, and where the files are."""
+    console = _stdout()
+    for result in compared.results:
+        metrics = list(result.base.scores)
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=f"{result.task}: {result.num_examples} test examples",
+            title_justify="left",
+        )
+        table.add_column("")
+        for title in ("trained", "rate", "dev loss", *metrics, "forgetting", "s a step"):
+            table.add_column(title, justify="right")
+        base = [f"{score.score:.1f}" for score in result.base.scores.values()]
+        table.add_row("base model", "-", "-", "-", *base, "-", "-")
+        for row in result.rows:
+            table.add_row(*_comparison_row(row, metrics))
+        console.print(table)
+    for failure in compared.failures:
+        complain(failure)
+    if compared.failures:
+        console.print("Rows that failed are tried again with --retry.")
+    console.print(f"Tables: {compared.table}", soft_wrap=True)
+    for figure in compared.figures:
+        console.print(f"Figure: {figure}", soft_wrap=True)
+
+
+def _comparison_row(row: RowResult, metrics: Sequence[str]) -> list[str | Text]:
+    if not row.seeds or row.num_trainable is None:
+        return [row.name, row.state, *["-"] * (len(metrics) + 4)]
+    cells: list[str | Text] = [
+        row.name,
+        f"{row.num_trainable / 1e6:.1f}M",
+        f"{row.rate:g}",
+        f"{sum(seed.dev_loss for seed in row.seeds) / len(row.seeds):.3f}",
+    ]
+    for metric in metrics:
+        summary = row.metrics[metric]
+        spread = "" if summary.spread is None else f" ± {summary.spread:.1f}"
+        cells.append(Text(f"{summary.mean:.1f}{spread}", style="bold" if summary.is_best else ""))
+    seconds = sum(seed.seconds_per_step for seed in row.seeds) / len(row.seeds)
+    forgetting = "-" if row.forgetting is None else f"{row.forgetting:+.3f}"
+    return [*cells, forgetting, f"{seconds:.2f}"]
 
 
 def show_status(stages: Sequence[StageStatus]) -> None:

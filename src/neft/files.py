@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ _BLOCK = 4096
 
 def file_identity(path: Path) -> str:
     """``sha256:...`` of the content; ``sampled:...`` of size and sampled blocks above 16 MiB."""
-    size = path.stat().st_size
+    found = path.stat()
+    return _identity(path, found.st_size, (found.st_mtime_ns, found.st_ino))
+
+
+@lru_cache(maxsize=256)
+def _identity(path: Path, size: int, _stamp: tuple[int, int]) -> str:
+    # Cached, as hundreds of cells of a comparison read the same few files.
     with path.open("rb", buffering=0) as file:
         if size <= _WHOLE_UP_TO:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import (
@@ -44,11 +44,13 @@ Percent: TypeAlias = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False), 
 Task: TypeAlias = Literal["translation", "summarization", "classification", "prompt", "chat"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Part of a recipe: unknown keys are refused, and nothing changes once it is read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The base model."""
 
     path: str
@@ -61,16 +63,19 @@ class ModelSection(_Section):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     """Run Python code that the checkpoint ships. Off unless you trust its author."""
+    config: str | None = None
+    """A file like the checkpoint's ``config.json``, by which ``neft compare --dry-run`` plans where the
+    checkpoint itself is out of reach."""
 
 
-class ParallelFiles(_Section):
+class ParallelFiles(Section):
     """Two plain-text files, line n of one belonging to line n of the other."""
 
     source: str
     target: str
 
 
-class HubData(_Section):
+class HubData(Section):
     """A data set on the Hub."""
 
     id: str
@@ -109,7 +114,7 @@ DataSource: TypeAlias = Annotated[
 """A JSONL, CSV, TSV or Parquet file; two parallel text files; or a Hub data set."""
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """What is learnt: the examples, and how they become prompt and target."""
 
     task: Task
@@ -159,7 +164,7 @@ class DataSection(_Section):
         return self
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """One training run: AdamW, the paper's defaults (section 4.1)."""
 
     learning_rate: Rate
@@ -170,6 +175,8 @@ class TrainingSection(_Section):
     batch_size: Count = 8
     """Examples a device and step."""
     gradient_accumulation: Count = 1
+    group_by_length: bool = False
+    """Batches of texts of like length, in random order: less padding, so faster."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: CountOrZero = 10
     """Steps over which the learning rate rises from 0."""
@@ -192,40 +199,144 @@ class WarmupSection(TrainingSection):
     """The short full fine-tune that shows which neurons the task moves (Algorithm 1, step 1)."""
 
     method: Literal["full"] = "full"
+    train: DataSource | None = None
+    """Find the neurons on other data than they are trained on (the paper's NeFT_Trans); default:
+    ``data.train``."""
+    dev: DataSource | None = None
+    """Goes with ``train``; default: ``data.dev``."""
+    seed: Seed | None = None
+    """Default: the run's."""
+    snapshots: tuple[Count, ...] = ()
+    """Steps whose weights are kept beside the best, for ``score.step``; multiples of
+    ``evaluate_every``."""
+
+    def data_of(self, data: DataSection) -> DataSection:
+        """The data of a run's warm-up, given the run's."""
+        others = {"train": self.train, "dev": self.dev}
+        return data.model_copy(update={split: s for split, s in others.items() if s is not None})
+
+    def seed_of(self, seed: int) -> int:
+        """The seed of a run's warm-up, given the run's."""
+        return seed if self.seed is None else self.seed
+
+    @model_validator(mode="after")
+    def _snapshots_are_measured(self) -> WarmupSection:
+        for step in self.snapshots:
+            if step % self.evaluate_every or (self.steps is not None and step > self.steps):
+                raise ValueError(
+                    f"snapshots has {step}, which is no multiple of evaluate_every = "
+                    f"{self.evaluate_every} within the run"
+                )
+        return self
 
 
-class ScoreSection(_Section):
+class ScoreSection(Section):
     """How neurons are scored (Algorithm 1, step 2)."""
 
     method: Literal["cosine"] = "cosine"
     modules: tuple[str, ...] | None = None
     """Roles (``up``, ``gate``, ``down``, ``q``, ...) or module-name patterns; default: up and down."""
+    step: Count | None = None
+    """Compare with the warm-up's weights after this step (the paper's NeFT_Early); one of
+    ``warmup.snapshots``. Default: its weights with the lowest development loss."""
 
 
-class SelectSection(_Section):
+class SelectSection(Section):
     """Which neurons are trained (Algorithm 1, step 3)."""
 
     percent: Percent | None = None
     """Budget in percent of all parameters of the model; give this or ``count``."""
     count: Count | None = None
     which: Literal["lowest", "highest", "random"] = "lowest"
+    """By cosine; ``highest`` alone is the paper's Reversed."""
     seed: Seed = 0
     """For ``which: random``."""
+    reversed_percent: Percent | None = None
+    """As many percent of the neurons with the highest cosine besides (NeFT_3%+Reversed_x%); this or
+    ``reversed_count``."""
+    reversed_count: Count | None = None
+    union: tuple[str, ...] = ()
+    """Files of neuron sets that are joined to the choice (NeFT_Union)."""
+    intersection: tuple[str, ...] = ()
+    """Files of neuron sets in all of which a neuron must be to stay chosen."""
+    neurons: str | None = None
+    """A file of a neuron set to take instead of choosing: without a budget, scores and warm-up."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> SelectSection:
-        if (self.percent is None) == (self.count is None):
+        if self.neurons is not None:
+            if self.percent is not None or self.count is not None or self.takes_reversed:
+                raise ValueError("neurons takes a set as it is; remove the budgets")
+        elif (self.percent is None) == (self.count is None):
             raise ValueError("give either percent or count")
+        if self.reversed_percent is not None and self.reversed_count is not None:
+            raise ValueError("give either reversed_percent or reversed_count")
+        if self.takes_reversed and self.which != "lowest":
+            raise ValueError(f"the reversed neurons are joined to the lowest, not to {self.which}")
+        return self
+
+    @property
+    def takes_reversed(self) -> bool:
+        """Whether neurons with the highest cosine are chosen besides."""
+        return self.reversed_percent is not None or self.reversed_count is not None
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the choice depends on a warm-up and its scores."""
+        return self.neurons is None and self.which != "random"
+
+
+class LoraSection(Section):
+    """LoRA (Hu et al., 2022) on all linear layers but the LM head; for ``train.method: lora``."""
+
+    rank: Count | None = None
+    """Give this or ``match``."""
+    match: Literal["neft"] | None = None
+    """``neft``: the rank whose trainable parameters come nearest to the budget in ``select``."""
+    alpha: Rate | None = None
+    """Updates are scaled by ``alpha / rank``; default: the rank, which leaves them as they are."""
+    dropout: Annotated[float, Field(ge=0, lt=1), _Number] = 0.0
+
+    @model_validator(mode="after")
+    def _one_rank(self) -> LoraSection:
+        if (self.rank is None) == (self.match is None):
+            raise ValueError("give either rank or match")
         return self
 
 
 class TrainSection(TrainingSection):
-    """The run that is shipped (Algorithm 1, step 4)."""
+    """The run that is shipped (Algorithm 1, step 4), or a baseline of it."""
 
-    method: Literal["neft", "full"] = "neft"
+    method: Literal["full", "embed", "in_out", "lora", "mask", "neft"] = "neft"
+    """``full``: all parameters; ``embed``: the input embeddings; ``in_out``: the up and down
+    projections; ``lora``; ``mask``: the chosen neurons by masked full gradients, the paper's way;
+    ``neft``: the chosen neurons alone."""
+    lora: LoraSection | None = None
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> TrainSection:
+        if (self.lora is not None) != (self.method == "lora"):
+            raise ValueError("method 'lora' and the section lora go together")
+        if self.method == "mask" and self.weight_decay:
+            raise ValueError(
+                "method 'mask' needs weight_decay 0: decay moves the masked weights too"
+            )
+        return self
 
 
-class EvaluateSection(_Section):
+class GeneralSection(Section):
+    """Held-out general text, on which forgetting is measured: the change of the model's loss."""
+
+    text: DataSource
+    """Texts that neither training nor the task's other splits hold, one a row."""
+    field: str = "text"
+    limit: Count | None = None
+    """Use only the first rows."""
+    max_length: Count = 256
+    """Tokens of a text that are read."""
+
+
+class EvaluateSection(Section):
     """Generation on the test split, and its metrics."""
 
     batch_size: Count = 32
@@ -235,9 +346,10 @@ class EvaluateSection(_Section):
     """The paper decodes greedily with 4."""
     lowercase: bool = False
     """Compare lower-cased texts (the paper does, into French)."""
+    general: GeneralSection | None = None
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run."""
 
     output: str
@@ -246,16 +358,35 @@ class Recipe(_Section):
     model: ModelSection
     data: DataSection
     warmup: WarmupSection | None = None
-    """Left out for methods that need no neurons."""
+    """Needed where neurons are chosen by their scores."""
     score: ScoreSection = ScoreSection()
     select: SelectSection | None = None
+    """Needed by the methods ``neft`` and ``mask``, and for the budget that ``lora`` may match."""
     train: TrainSection
     evaluate: EvaluateSection = EvaluateSection()
 
     @model_validator(mode="after")
     def _neurons_need_a_source(self) -> Recipe:
-        if self.train.method == "neft" and (self.warmup is None or self.select is None):
-            raise ValueError("train.method 'neft' needs the sections warmup and select")
+        method = self.train.method
+        if method in ("neft", "mask"):
+            if self.select is None:
+                raise ValueError(f"train.method {method!r} needs the section select")
+            if self.select.needs_scores and self.warmup is None:
+                raise ValueError(
+                    f"train.method {method!r} needs the section warmup, unless select takes random "
+                    "neurons or a file of them"
+                )
+        if self.train.lora is not None and self.train.lora.match and self.select is None:
+            raise ValueError(
+                "train.lora.match 'neft' needs the section select, whose budget it matches"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scored_step_is_kept(self) -> Recipe:
+        step = self.score.step
+        if step is not None and self.warmup is not None and step not in self.warmup.snapshots:
+            raise ValueError(f"score.step {step} is not one of warmup.snapshots")
         return self
 
 
@@ -284,8 +415,18 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         RecipeError: lists every fault with its place.
     """
+    return checked(Recipe, read_fields(path, overrides), str(path))
+
+
+def read_fields(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the fields of a recipe, as yet unchecked; arguments as for ``load_recipe``.
+
+    Raises:
+        RecipeError: the file or an override cannot be read.
+    """
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open(encoding="utf-8") as file:
+            fields = yaml.load(file, _UniqueKeys)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -294,17 +435,50 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise RecipeError(f"{path}: a recipe is a mapping of sections, e.g. 'model:' and 'data:'.")
     for override in overrides:
         _apply_override(fields, override)
-    return parse_recipe(fields, where=str(path))
+    return fields
 
 
-def parse_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
-    """Check a recipe given as plain values; ``where`` names its source in errors."""
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML that refuses a key given twice, of which one would be lost silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number] and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.value[number][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+Checked = TypeVar("Checked", bound=Section)
+
+
+def checked(schema: type[Checked], fields: Mapping[str, Any], where: str) -> Checked:
+    """Check plain values by a schema; ``where`` names their source in errors.
+
+    Raises:
+        RecipeError: lists every fault with its place.
+    """
     try:
-        return Recipe.model_validate(fields)
+        return schema.model_validate(fields)
     except ValidationError as error:
-        faults = [_fault_line(fault) for fault in error.errors()]
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise RecipeError(f"{where}: {count}:\n" + "\n".join(faults)) from error
+        raise refused(where, [_fault_line(fault) for fault in error.errors()]) from error
+
+
+def faults_of(schema: type[Section], fields: Mapping[str, Any]) -> list[str]:
+    """One line for each fault that a schema finds; none where the fields fit."""
+    try:
+        schema.model_validate(fields)
+    except ValidationError as error:
+        return [_fault_line(fault) for fault in error.errors()]
+    return []
+
+
+def refused(where: str, faults: Sequence[str]) -> RecipeError:
+    """The error that lists ``faults``."""
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return RecipeError(f"{where}: {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
 # Where pydantic speaks of Python, not of recipes.
@@ -321,7 +495,7 @@ def _fault_line(fault: ErrorDetails) -> str:
     place = ".".join(str(part) for part in fault["loc"] if part not in _SOURCE_KINDS) or "recipe"
     message = _MESSAGES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     value = fault["input"]
-    return f"  {place}: {message}" + ("" if isinstance(value, dict) else f" (found {value!r})")
+    return f"{place}: {message}" + ("" if isinstance(value, dict) else f" (found {value!r})")
 
 
 def _apply_override(fields: dict[str, Any], override: str) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from training_runs import Killed, Run, assert_same, assert_same_weights, kill, kill_at, weights_in
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTTrainer
 
@@ -28,6 +28,7 @@ from neft.recipe import DataSection, ModelSection, TrainingSection
 from neft.sft import callbacks, resume
 from neft.sft import train as training
 from neft.sft.data import load_examples
+from neft.sft.methods import METHODS
 from neft.sft.prompts import encode_all
 from neft.sft.train import TrainingResult, train
 from neft.sft.trainer import TargetTrainer
@@ -36,90 +37,8 @@ if TYPE_CHECKING:
     from conftest import TinyConfig, TinyModel, TinyTokenizer
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _light() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads; every run collects garbage, of which imports are none."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(
-    tiny_model: TinyModel, tiny_tokenizer: TinyTokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> ModelSection:
-    """A Llama with dropout in its attention, so that random numbers matter."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", attention_dropout=0.1).save_pretrained(folder)
-    tiny_tokenizer(chat=True).save_pretrained(folder)
-    return ModelSection(path=str(folder))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataSection:
-    """20 training and 6 development pairs."""
-    folder = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 20), ("dev", 6)):
-        rows = [{"source": f"{split} {i}", "target": "mot " * (i % 3 + 1)} for i in range(count)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return DataSection(
-        task="prompt",
-        template="{source}",
-        train=str(folder / "train.jsonl"),
-        dev=str(folder / "dev.jsonl"),
-        test=str(folder / "dev.jsonl"),
-    )
-
-
-@pytest.fixture(scope="module")
-def neurons(base: ModelSection) -> NeuronSet:
-    projections = find_projections(base.path)
-    return NeuronSet(projections, {p.name: range(0, p.num_neurons, 3) for p in projections})
-
-
-class Run(Protocol):
-    def __call__(
-        self, folder: Path, method: str = "full", *, seed: int = 1, **options: Any
-    ) -> TrainingResult: ...
-
-
-@pytest.fixture
-def run(base: ModelSection, data: DataSection, neurons: NeuronSet) -> Run:
-    """``run(folder, "neft", steps=3)``: a training run; by default of 7 steps, 5 of them an epoch."""
-
-    def make(
-        folder: Path, method: str = "full", *, seed: int = 1, **options: Any
-    ) -> TrainingResult:
-        fields = {"steps": 7, "batch_size": 4, "evaluate_every": 2}
-        section = TrainingSection(**({"learning_rate": 1e-2, "warmup_steps": 2} | fields | options))
-        chosen = neurons if method == "neft" else None
-        return train(base, data, section, method=method, neurons=chosen, seed=seed, folder=folder)
-
-    return make
-
-
-def weights_of(result: TrainingResult) -> dict[str, torch.Tensor]:
-    [file] = result.path.glob("*.safetensors")
-    return load_file(file)
-
-
-def assert_same(one: TrainingResult, other: TrainingResult) -> None:
-    """Bit for bit the same weights, and the same history."""
-    mine, theirs = weights_of(one), weights_of(other)
-    assert mine.keys() == theirs.keys()
-    for name, tensor in mine.items():
-        assert torch.equal(tensor, theirs[name]), name
-    assert one.history == other.history
-    assert {file.name for file in one.path.iterdir()} == {
-        file.name for file in other.path.iterdir()
-    }
-    assert one.best_step == other.best_step
-
-
-METHODS = ["full", "neft"]
+# One that leaves a checkpoint, one that leaves an adapter.
+BOTH_KINDS = ["full", "neft"]
 
 
 # ------------------------------------------------------------------------------- what is learnt
@@ -240,7 +159,13 @@ def test_loss_is_that_of_the_whole_projection(
     encoded = encode_all(load_examples(data, "train"), tokenizer, data)
     options = TrainingSection(learning_rate=1, steps=1)
     run = training._Run(
-        section, options, "full", None, 0, tmp_path, tokenizer, train=encoded, dev=encoded
+        model=section,
+        options=options,
+        method="full",
+        folder=tmp_path,
+        tokenizer=tokenizer,
+        train=encoded,
+        dev=encoded,
     )
     trainer = training._trainer(run, model)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
@@ -257,17 +182,6 @@ def test_loss_is_that_of_the_whole_projection(
     torch.testing.assert_close(loss, expected)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)
-
-
-@pytest.fixture(scope="module")
-def calm(
-    tiny_model: TinyModel, tiny_tokenizer: TinyTokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> ModelSection:
-    """A model without dropout, to compare with what must give the same."""
-    folder = tmp_path_factory.mktemp("calm")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return ModelSection(path=str(folder))
 
 
 def test_run_is_a_plain_loop(calm: ModelSection, data: DataSection, tmp_path: Path) -> None:
@@ -319,7 +233,7 @@ def test_run_is_a_plain_loop(calm: ModelSection, data: DataSection, tmp_path: Pa
             },
             rel=1e-4,
         )
-    weights = weights_of(result)
+    weights = weights_in(result.path)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(weights[name], parameter.data, msg=name, atol=1e-4, rtol=1e-3)
 
@@ -352,7 +266,7 @@ def test_accumulated_batches_are_one_batch(
             gradient_accumulation=accumulation,
         )
         result = train(calm, data, options, method="full", folder=tmp_path / str(batch_size))
-        weights.append(weights_of(result))
+        weights.append(weights_in(result.path))
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], msg=name, atol=1e-4, rtol=1e-4)
 
@@ -380,18 +294,12 @@ def test_gradient_checkpointing_changes_nothing(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sixteen_bits_compute_and_float32_learns(
-    method: str, calm: ModelSection, data: DataSection, neurons: NeuronSet, tmp_path: Path
+    method: str, run: Run, calm: ModelSection, tmp_path: Path
 ) -> None:
-    options = TrainingSection(learning_rate=1e-3, steps=2, warmup_steps=0)
-    chosen = neurons if method == "neft" else None
+    options = {"learning_rate": 1e-3, "steps": 2, "warmup_steps": 0}
     results = {
-        dtype: train(
-            calm.model_copy(update={"dtype": dtype}),
-            data,
-            options,
-            method=method,
-            neurons=chosen,
-            folder=tmp_path / dtype,
+        dtype: run(
+            tmp_path / dtype, method, model=calm.model_copy(update={"dtype": dtype}), **options
         )
         for dtype in ("float32", "bfloat16")
     }
@@ -399,7 +307,7 @@ def test_sixteen_bits_compute_and_float32_learns(
     losses = {dtype: result.best_dev_loss for dtype, result in results.items()}
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
-    weights = weights_of(results["bfloat16"])
+    weights = weights_in(results["bfloat16"].path)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     # Values that 16 bits cannot hold.
     assert all(
@@ -435,26 +343,10 @@ def reference(
     return get
 
 
-class Killed(BaseException):
-    """Stands for a kill in this very process: nothing of the package catches it."""
-
-
-def kill(*args: Any, **kwargs: Any) -> None:
-    raise Killed
-
-
 def kill_while_writing(trainer: Any, checkpoint: str) -> None:
     """Leave what a writer that renames its file into place leaves."""
     (Path(checkpoint) / ".tmpXYZ").write_bytes(b"half a file")
     raise Killed
-
-
-def kill_at(step: int) -> Callable[..., None]:
-    def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **_: Any) -> None:
-        if state.global_step == step:
-            raise Killed
-
-    return on_step_begin
 
 
 # What to replace, by what: the moment at which the run is killed.
@@ -469,13 +361,13 @@ MOMENTS = {
     ),
     "before a checkpoint is sealed": (callbacks, "seal", kill),
     "before old checkpoints go": (callbacks, "discard_superseded", kill),
-    "while the result is published": (training, "_link", kill),
+    "while the result is published": (resume, "_link", kill),
     "before the record is written": (training, "write_json", None),
     "before the checkpoints go": (training.shutil, "rmtree", None),
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BOTH_KINDS)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_run_continues(
     method: str,
@@ -565,7 +457,7 @@ train(
     DataSection.model_validate_json({sections[1]!r}),
     TrainingSection(**{options!r}),
     method="neft", neurons=NeuronSet.load({str(tmp_path / "neurons.json")!r}), seed=1,
-    folder={str(tmp_path / "broken")!r},
+    folder={str(tmp_path / "broken")!r}, snapshots=(6, 16),
 )
 """
     process = subprocess.Popen(
@@ -584,11 +476,22 @@ train(
     for name in ("broken", "whole"):
         section = TrainingSection(**options)
         chosen = NeuronSet.load(tmp_path / "neurons.json")
-        train(base, data, section, method="neft", neurons=chosen, seed=1, folder=tmp_path / name)
+        train(
+            base,
+            data,
+            section,
+            method="neft",
+            neurons=chosen,
+            seed=1,
+            folder=tmp_path / name,
+            snapshots=(6, 16),
+        )
     assert_same(
         training._result(tmp_path / "broken/training.json"),
         training._result(tmp_path / "whole/training.json"),
     )
+    for step in ("6", "16"):
+        assert_same_weights(*(tmp_path / name / "snapshots" / step for name in ("broken", "whole")))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -751,20 +654,14 @@ def with_weights(
 
 
 def test_loss_that_is_not_a_number_stops_the_run(
-    base: ModelSection, data: DataSection, tmp_path: Path
+    run: Run, base: ModelSection, tmp_path: Path
 ) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         weights["model.norm.weight"][3] = float("nan")
 
     spoiled = with_weights(base, tmp_path / "model", spoil)
     with pytest.raises(RunError, match="Step 1 of 5: the training loss is nan"):
-        train(
-            spoiled,
-            data,
-            TrainingSection(learning_rate=1e-3, steps=5),
-            method="full",
-            folder=tmp_path / "run",
-        )
+        run(tmp_path / "run", model=spoiled, steps=5)
     assert not list((tmp_path / "run").glob("checkpoints/checkpoint-*"))
 
 
@@ -799,7 +696,7 @@ def test_breakdown_keeps_the_last_good_checkpoint(
 
 
 def test_gradient_that_is_not_finite_stops_the_run(
-    base: ModelSection, data: DataSection, tmp_path: Path
+    run: Run, base: ModelSection, tmp_path: Path
 ) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         # The logits stay as they are; the gradient of the norm is so large that its square overflows.
@@ -808,13 +705,7 @@ def test_gradient_that_is_not_finite_stops_the_run(
 
     spoiled = with_weights(base, tmp_path / "model", spoil)
     with pytest.raises(RunError, match="Step 1 of 5: the norm of the gradient is inf"):
-        train(
-            spoiled,
-            data,
-            TrainingSection(learning_rate=1e-3, steps=5),
-            method="full",
-            folder=tmp_path / "run",
-        )
+        run(tmp_path / "run", model=spoiled, steps=5)
 
 
 def test_what_the_trainer_refuses_is_told(
@@ -832,18 +723,12 @@ def test_what_the_trainer_refuses_is_told(
         )
 
 
-def test_float16_without_gpu(base: ModelSection, data: DataSection, tmp_path: Path) -> None:
+def test_float16_without_gpu(run: Run, base: ModelSection, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("has a GPU")
     section = base.model_copy(update={"dtype": "float16"})
     with pytest.raises(UsageError, match="float16, whose gradients need the loss scaling of a GPU"):
-        train(
-            section,
-            data,
-            TrainingSection(learning_rate=1e-3, steps=1),
-            method="full",
-            folder=tmp_path / "run",
-        )
+        run(tmp_path / "run", model=section, steps=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -867,8 +752,8 @@ def test_neurons_must_fit_the_method(
     for none in (None, neurons - neurons):
         with pytest.raises(NeuronError, match="'neft' trains chosen neurons"):
             train(base, data, options, method="neft", neurons=none, folder=tmp_path / "run")
-    with pytest.raises(UsageError, match="Unknown method 'lora'; choose one of full, neft"):
-        train(base, data, options, method="lora", folder=tmp_path / "run")
+    with pytest.raises(UsageError, match="Unknown method 'lore'; choose one of full, embed"):
+        train(base, data, options, method="lore", folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 
 from neft.errors import DataError, RunError
+from neft.evaluation.batching import batches_by_length
 from neft.recipe import EvaluateSection
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def generate(
                 f"Prompt {number} of {len(prompts)} has no tokens; nothing to continue."
             )
     config = _generation_config(model, tokenizer, options)
-    batches = list(_batches(prompts, options.batch_size))
+    batches = list(batches_by_length(prompts, options.batch_size))
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
     texts = [""] * len(prompts)
@@ -63,13 +64,6 @@ def generate(
     finally:
         model.train(was_training)
     return texts
-
-
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Positions of the prompts, longest first; equal lengths in the order of their tokens."""
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 def _continue(

@@ -1,119 +1,54 @@
-"""Metrics of generated texts: no score without the signature that says how it was computed."""
+"""The metrics of every task, in one table."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from neft.errors import DataError, UsageError
+from neft.evaluation.bleu import bleu, chrf_plus_plus
+from neft.evaluation.classification import Accuracy, MacroF1
+from neft.evaluation.metric import Array, Expected, Metric, Score
+from neft.evaluation.resampling import NUM_RESAMPLES, SEED, confidence_interval
+from neft.evaluation.rouge import Rouge
 from neft.recipe import Task
 
-
-@dataclass(frozen=True)
-class Score:
-    """A metric's value and how it was computed."""
-
-    score: float
-    """In 0..100, higher is better."""
-    signature: str
-    """sacrebleu's, or in its form: what another person needs to get the same number."""
-
-
-# Where no space separates words, BLEU needs a tokenizer of its own; sacrebleu's 13a is for all other
-# languages. Names and codes as ISO 639, BCP 47 and FLORES write them.
-_TOKENIZERS = {
-    "zh": ("zh", "zho", "chi", "cmn", "yue", "chinese", "mandarin", "cantonese", "中文"),
-    "ja-mecab": ("ja", "jpn", "japanese", "日本語"),
-    "ko-mecab": ("ko", "kor", "korean", "한국어"),
-    "char": ("th", "tha", "thai", "lo", "lao", "km", "khm", "khmer", "my", "mya", "burmese"),
+METRICS: dict[str, Callable[[Expected], Metric]] = {
+    "BLEU": bleu,
+    "chrF++": chrf_plus_plus,
+    "ROUGE-1": partial(Rouge, "rouge1"),
+    "ROUGE-2": partial(Rouge, "rouge2"),
+    "ROUGE-L": partial(Rouge, "rougeL"),
+    "ROUGE-1 (legacy)": partial(Rouge, "rouge1", legacy=True),
+    "ROUGE-2 (legacy)": partial(Rouge, "rouge2", legacy=True),
+    "ROUGE-L (legacy)": partial(Rouge, "rougeL", legacy=True),
+    "accuracy": Accuracy,
+    "macro-F1": MacroF1,
 }
-_TOKENIZER_OF = {name: tokenizer for tokenizer, names in _TOKENIZERS.items() for name in names}
+
+_OF_TEXT = ("BLEU", "chrF++")
+METRICS_OF_TASK: dict[Task, tuple[str, ...]] = {
+    "translation": _OF_TEXT,
+    "summarization": (
+        *("ROUGE-1", "ROUGE-2", "ROUGE-L"),
+        *("ROUGE-1 (legacy)", "ROUGE-2 (legacy)", "ROUGE-L (legacy)"),
+    ),
+    "classification": ("accuracy", "macro-F1"),
+    "prompt": _OF_TEXT,
+    "chat": _OF_TEXT,
+}
+"""Task -> its metrics; the first is the one to compare systems by."""
 
 
-def bleu_tokenizer(target_language: str | None) -> str:
-    """Name of sacrebleu's tokenizer for a language.
-
-    ``zh`` for Chinese, ``ja-mecab`` and ``ko-mecab`` for Japanese and Korean, ``char`` for Thai, Lao,
-    Khmer and Burmese, ``13a`` for all others and where the language is not known.
-
-    Args:
-        target_language: a name or code: ``"French"``, ``"Simplified Chinese"``, ``"zh-CN"``,
-            ``"zho_Hans"``.
-
-    Raises:
-        UsageError: the language's tokenizer is not installed.
-    """
-    first, *others = re.split(r"[\s_()-]+", (target_language or "").strip().casefold())
-    # Two letters name a language only in front: in "fr-TH" they are a country.
-    names = [first, *(word for word in others if len(word) > 2)]
-    tokenizer = next((_TOKENIZER_OF[name] for name in names if name in _TOKENIZER_OF), "13a")
-    if tokenizer.endswith("-mecab"):
-        _require_mecab(tokenizer, str(target_language))
-    return tokenizer
-
-
-def _require_mecab(tokenizer: str, target_language: str) -> None:
-    from sacrebleu.metrics import BLEU
-
-    try:
-        BLEU(tokenize=tokenizer)
-    except RuntimeError as error:
-        extra = tokenizer.removesuffix("-mecab")
-        raise UsageError(
-            f"target_language {target_language!r}: BLEU needs sacrebleu's tokenizer {tokenizer}, which "
-            f"is not installed. Install it with: pip install 'sacrebleu[{extra}]'."
-        ) from error
-
-
-def corpus_scores(
-    predictions: Sequence[str],
-    references: Sequence[str],
-    target_language: str | None,
-    lowercase: bool = False,
-) -> dict[str, Score]:
-    """BLEU (Papineni et al., 2002) and chrF (Popović, 2015) over a corpus, by sacrebleu.
-
-    Args:
-        predictions: one text an example; may be empty texts.
-        references: the expected texts, in the same order.
-        target_language: name or code; decides BLEU's tokenizer (see ``bleu_tokenizer``).
-        lowercase: compare lower-cased texts.
+def check_metrics(task: Task, target_language: str | None, references: Sequence[str]) -> None:
+    """Find what would otherwise fail once there are predictions.
 
     Raises:
-        DataError: no texts, different counts, or an empty reference.
-        UsageError: the language's tokenizer is not installed.
+        DataError: no references, or an empty one.
+        UsageError: no tokenizer for the target language.
     """
-    from sacrebleu.metrics import BLEU, CHRF
-
-    _check_pairs(predictions, references)
-    metrics = {
-        "BLEU": BLEU(lowercase=lowercase, tokenize=bleu_tokenizer(target_language)),
-        "chrF": CHRF(lowercase=lowercase),
-    }
-    return {
-        name: Score(
-            metric.corpus_score(list(predictions), [list(references)]).score,
-            str(metric.get_signature()),
-        )
-        for name, metric in metrics.items()
-    }
-
-
-def accuracy(predictions: Sequence[str], references: Sequence[str]) -> Score:
-    """Share of predictions that name the expected label, in percent.
-
-    Case and outer whitespace do not count; everything else does.
-
-    Raises:
-        DataError: no texts, different counts, or an empty reference.
-    """
-    _check_pairs(predictions, references)
-    hits = sum(
-        prediction.strip().casefold() == reference.strip().casefold()
-        for prediction, reference in zip(predictions, references, strict=True)
-    )
-    return Score(100.0 * hits / len(references), f"match:exact|case:fold|n:{len(references)}")
+    expected = Expected(references, target_language)
+    for name in METRICS_OF_TASK[task]:
+        METRICS[name](expected)
 
 
 def score_predictions(
@@ -122,24 +57,34 @@ def score_predictions(
     references: Sequence[str],
     target_language: str | None,
     lowercase: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Score]:
-    """The metrics of a task: accuracy for classification, BLEU and chrF for all that writes text."""
-    if task == "classification":
-        return {"accuracy": accuracy(predictions, references)}
-    return corpus_scores(predictions, references, target_language, lowercase)
+    """All metrics of a task, with 95% bootstrap confidence intervals.
+
+    Args:
+        task: decides the metrics (see ``METRICS_OF_TASK``).
+        predictions: one text an example; may be empty texts.
+        references: the expected texts, in the same order.
+        target_language: name or code; decides BLEU's tokenizer (see ``bleu_tokenizer``).
+        lowercase: for BLEU and chrF++, compare lower-cased texts; the others never see case.
+        labels: of a classification, beside those that occur in ``references``.
+
+    Raises:
+        DataError: no texts, different counts, or an empty reference.
+        UsageError: no tokenizer for the target language.
+    """
+    expected = Expected(references, target_language, lowercase, labels)
+    expected.check_count(predictions)
+    return {name: _score(METRICS[name](expected), predictions) for name in METRICS_OF_TASK[task]}
 
 
-def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
-    if len(predictions) != len(references):
-        raise DataError(
-            f"{len(predictions)} predictions but {len(references)} references; give one of each for "
-            "every example, in the same order."
-        )
-    if not references:
-        raise DataError("No examples to score; give at least one prediction with its reference.")
-    for number, reference in enumerate(references, start=1):
-        if not reference.strip():
-            raise DataError(
-                f"Reference {number} of {len(references)} is empty; nothing can be right there. Remove "
-                "the example or fill it in."
-            )
+def _score(metric: Metric, predictions: Sequence[str]) -> Score:
+    statistics = metric.statistics(predictions)
+    low, high = confidence_interval(metric, statistics)
+    signature = metric.signature({"bs": NUM_RESAMPLES, "seed": SEED})
+    return Score(corpus_score(metric, statistics), signature, low, high)
+
+
+def corpus_score(metric: Metric, statistics: Array) -> float:
+    """Score of all examples, from their statistics ``[examples, statistics]``."""
+    return float(metric.scores(statistics.sum(0, keepdims=True))[0])

@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neft.evaluation import Score, generate, score_predictions
+from neft.evaluation import Score, generate, score_predictions, text_loss
 from neft.files import write_json, write_text
 from neft.models import load_tokenizer
-from neft.recipe import Recipe
-from neft.sft.data import Example, load_examples
+from neft.recipe import EvaluateSection, Recipe
+from neft.sft.data import Example, load_examples, load_texts
 from neft.sft.prompts import prompt_ids
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
@@ -31,6 +32,8 @@ class Evaluation:
     num_examples: int
     seconds: float
     """Duration of generation."""
+    general_loss: float | None = None
+    """Mean loss of a token of held-out general text, in nats, where the recipe names one."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,27 @@ def evaluate(model: Any, recipe: Recipe, folder: Path) -> Evaluation:
         [example.target for example in examples],
         recipe.data.target_language,
         recipe.evaluate.lowercase,
+        recipe.data.labels,
     )
-    evaluation = Evaluation(scores, len(examples), round(seconds, 3))
+    general_loss = _general_loss(model, tokenizer, recipe.evaluate)
+    evaluation = Evaluation(scores, len(examples), round(seconds, 3), general_loss)
     write_json(folder / SCORES, asdict(evaluation))
     return evaluation
+
+
+def _general_loss(
+    model: Any, tokenizer: PreTrainedTokenizerBase, options: EvaluateSection
+) -> float | None:
+    if options.general is None:
+        return None
+    texts = load_texts(options.general)
+    return text_loss(
+        model,
+        tokenizer,
+        texts,
+        max_length=options.general.max_length,
+        batch_size=options.batch_size,
+    ).loss
 
 
 def _device() -> torch.device:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from neft.evaluation import bleu_tokenizer
+from neft.evaluation import check_metrics
 from neft.files import write_json, write_text
 from neft.models import load_tokenizer
-from neft.neurons import NeuronScores
-from neft.recipe import Recipe
-from neft.sft.data import load_examples
+from neft.pipeline.selection import choose, unscored, with_rank
+from neft.recipe import DataSection, Recipe
+from neft.sft.data import Split, load_examples, load_texts
 from neft.sft.methods import find_method
 from neft.sft.prompts import encode_all, prompt_ids
 
@@ -27,56 +26,81 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     Raises:
         UsageError: what would otherwise stop the run later.
     """
-    from neft.sft.train import check_machine
-
-    if recipe.data.task != "classification":
-        bleu_tokenizer(recipe.data.target_language)
-    for options in (recipe.warmup, recipe.train):
-        if options is not None:
-            check_machine(recipe.model, options)
-    summary = _check_data(recipe) | _check_model(recipe)
+    summary = {"data": check_data(recipe)} | check_method(recipe)
     write_json(folder / SUMMARY, summary)
     write_text(folder / RECIPE, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
-def _check_model(recipe: Recipe) -> dict[str, Any]:
-    """Read the headers of the weights, and try whether the budget of neurons can be spent."""
+def check_method(recipe: Recipe) -> dict[str, Any]:
+    """Read the headers of the weights, and try whether the method applies to this model.
+
+    Returns:
+        Counts: of the model's parameters, of trained parameters, and of neurons for methods with them.
+
+    Raises:
+        UsageError: a machine, a model or a budget with which the method cannot be carried out.
+    """
     from neft.checkpoints import open_weights
-    from neft.projections import find_projections
+    from neft.sft.counting import num_trainable
+    from neft.sft.train import check_machine
 
+    for options in (recipe.warmup, recipe.train):
+        if options is not None:
+            check_machine(recipe.model, options)
     weights = open_weights(recipe.model.path, recipe.model.revision)
-    summary = {"num_parameters": weights.num_parameters}
-    if not find_method(recipe.train.method).needs_neurons:
-        return {"model": summary}
-    assert recipe.select is not None
-    projections = find_projections(weights.network, recipe.score.modules)
-    unmoved = {projection.name: np.zeros(projection.num_neurons) for projection in projections}
-    scores = NeuronScores(projections, unmoved, weights.num_parameters)
-    chosen = scores.select(**recipe.select.model_dump())
-    return {
-        "model": summary,
-        "neurons": {
-            "num_projections": len(projections),
-            "num_candidates": len(scores),
+    network = weights.network
+    summary: dict[str, Any] = {"model": {"num_parameters": weights.num_parameters}}
+    neurons = None
+    if find_method(recipe.train.method).needs_neurons:
+        assert recipe.select is not None
+        candidates = unscored(network, recipe)
+        chosen = choose(candidates, recipe.select)
+        neurons = chosen.num_parameters
+        # Chosen by their scores, neurons may overlap otherwise with the sets that are joined to them.
+        summary["neurons"] = {
+            "num_projections": len(candidates.projections),
+            "num_candidates": len(candidates),
             "num_to_train": len(chosen),
-            "num_parameters_to_train": chosen.num_parameters,
-        },
-    }
+        }
+    train = recipe.train
+    if train.lora is not None:
+        train = train.model_copy(update={"lora": with_rank(train.lora, network, recipe)})
+    return summary | {"num_to_train": num_trainable(network, train, neurons)}
 
 
-def _check_data(recipe: Recipe) -> dict[str, Any]:
-    """Read and encode every example."""
+def check_data(recipe: Recipe) -> dict[str, Any]:
+    """Read and encode every example.
+
+    Returns:
+        Counts of each split.
+
+    Raises:
+        UsageError: a file, row or field that cannot be used, or a language that no metric can score.
+    """
     tokenizer = load_tokenizer(recipe.model)
-    counts: dict[str, Any] = {}
-    for split in ("train", "dev"):
-        examples = load_examples(recipe.data, split)
-        encoded = encode_all(examples, tokenizer, recipe.data)
-        counts[split] = {
+
+    def count(data: DataSection, split: Split) -> dict[str, int]:
+        examples = load_examples(data, split)
+        encoded = encode_all(examples, tokenizer, data)
+        return {
             "num_examples": len(examples),
             "num_dropped": encoded.num_dropped,
             "num_truncated": encoded.num_truncated,
         }
+
+    splits: tuple[Split, ...] = ("train", "dev")
+    counts = {str(split): count(recipe.data, split) for split in splits}
+    if recipe.warmup is not None:
+        elsewhere = recipe.warmup.data_of(recipe.data)
+        for split in splits:
+            if getattr(elsewhere, split) != getattr(recipe.data, split):
+                counts[f"warmup.{split}"] = count(elsewhere, split)
     examples = load_examples(recipe.data, "test")
     for example in examples:
         prompt_ids(example, tokenizer, recipe.data)
-    return {"data": counts | {"test": {"num_examples": len(examples)}}}
+    references = [example.target for example in examples]
+    check_metrics(recipe.data.task, recipe.data.target_language, references)
+    counts["test"] = {"num_examples": len(examples)}
+    if recipe.evaluate.general is not None:
+        counts["general"] = {"num_texts": len(load_texts(recipe.evaluate.general))}
+    return counts

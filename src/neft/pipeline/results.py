@@ -37,6 +37,9 @@ class Results:
     base: Mapping[str, Score]
     """Metric -> score of the model before training."""
     trained: Mapping[str, Score]
+    base_general_loss: float | None
+    """Mean loss of a token of held-out general text, in nats, where the recipe names one."""
+    trained_general_loss: float | None
     num_trainable: int
     num_parameters: int
     """Of the base model."""
@@ -69,12 +72,14 @@ def collect_results(method: str, baseline: Path, train: Path, evaluation: Path) 
     training = _read_object(train / TRAINING)
     artifact = trained_artifact(train)
     num_bytes = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
-    trained = read_evaluation(evaluation)
+    base, trained = read_evaluation(baseline), read_evaluation(evaluation)
     results = Results(
         method=method,
         num_examples=trained.num_examples,
-        base=read_evaluation(baseline).scores,
+        base=base.scores,
         trained=trained.scores,
+        base_general_loss=base.general_loss,
+        trained_general_loss=trained.general_loss,
         artifact=f"{train.name}/{artifact.name}",
         artifact_bytes=num_bytes,
         samples=_samples(baseline, evaluation),

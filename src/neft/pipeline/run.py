@@ -91,7 +91,7 @@ def run_stages(
         overwrite: replace what another recipe made.
         say: is told what happens.
     """
-    plan = _planned(stages)
+    plan = planned_records(stages)
     with locked(lock):
         for folder in folders.values():
             folder.settle()
@@ -99,10 +99,11 @@ def run_stages(
         if not overwrite:
             _refuse_other_recipe(stages, plan, folders, there)
         for stage in stages:
-            _bring_to_finish(stage, plan[stage.name], folders[stage.name], say)
+            inputs = {name: folders[name].path for name in stage.reads}
+            bring_to_finish(stage, plan[stage.name], folders[stage.name], inputs, say)
 
 
-def _planned(stages: Sequence[Stage]) -> dict[str, Record]:
+def planned_records(stages: Sequence[Stage]) -> dict[str, Record]:
     """The record, fingerprint and all, that each stage will have."""
     planned: dict[str, Record] = {}
     for stage in stages:
@@ -111,10 +112,20 @@ def _planned(stages: Sequence[Stage]) -> dict[str, Record]:
     return planned
 
 
-def _bring_to_finish(stage: Stage, planned: Record, folder: StageFolder, say: Say) -> None:
-    """Skip, resume or run one stage."""
+def bring_to_finish(
+    stage: Stage, planned: Record, folder: StageFolder, inputs: Mapping[str, Path], say: Say
+) -> None:
+    """Skip, resume or run one stage.
+
+    Args:
+        stage: what to do.
+        planned: the record that it will have.
+        folder: its place.
+        inputs: the finished folder of each stage that it reads.
+        say: is told what happens.
+    """
     record = folder.finished()
-    if record is not None and record.fingerprint == planned.fingerprint:
+    if record is not None and record.fingerprint == planned.fingerprint and not record.released:
         if folder.state() is State.DONE:
             say(f"{stage.name}: already done, in {duration(record.seconds)}")
             return
@@ -123,7 +134,7 @@ def _bring_to_finish(stage: Stage, planned: Record, folder: StageFolder, say: Sa
     say(f"{stage.name}: {'continues' if record.attempts > 1 else 'starts'}")
     start = time.perf_counter()
     try:
-        stage.run(folder.working)
+        stage.run(folder.working, inputs)
     except BaseException:
         if not (stage.resumable and folder.has_progress()):
             folder.discard_working()

@@ -23,8 +23,8 @@ class Stage:
     or the identity of a file's content (see ``identity``)."""
     reads: tuple[str, ...]
     """Earlier stages whose folders it reads."""
-    run: Callable[[Path], None]
-    """Fills the folder that it is given; all stages that it reads are finished by then."""
+    run: Callable[[Path, Mapping[str, Path]], None]
+    """Fills the folder that it is given; the mapping has the finished folder of each stage it reads."""
     resumable: bool = False
     """Whether ``run`` continues from what a killed attempt left in its folder; else it starts anew."""
     derived: bool = False

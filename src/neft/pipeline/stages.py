@@ -8,16 +8,18 @@
     train      the base model again, of which only those neurons change (step 4)
     evaluate   the trained model on the test split, beside the base model
 
-Methods that need no neurons go without warmup, score and select.
+Methods that need no neurons go without warmup, score and select; neurons that are drawn at random or
+come from a file, without warmup and score.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from neft.checkpoints import open_weights
 from neft.models import load_model
 from neft.neurons import NeuronScores, NeuronSet
 from neft.pipeline.adapter import load_adapter, read_config
@@ -25,8 +27,9 @@ from neft.pipeline.evaluate import evaluate
 from neft.pipeline.identity import data_identity, folder_identity, model_identity
 from neft.pipeline.prepare import prepare
 from neft.pipeline.results import collect_results
+from neft.pipeline.selection import choose, resolved_lora, unscored
 from neft.pipeline.stage import Stage
-from neft.recipe import Recipe, TrainingSection
+from neft.recipe import DataSection, Recipe, WarmupSection
 from neft.sft.methods import find_method
 
 if TYPE_CHECKING:
@@ -36,11 +39,17 @@ if TYPE_CHECKING:
 SCORES = "scores.safetensors"
 NEURONS = "neurons.json"
 
+_Folders: TypeAlias = Mapping[str, Path]
+
 
 def stage_names(recipe: Recipe) -> list[str]:
     """Names of the stages of ``recipe``, in order."""
-    finding = ["warmup", "score", "select"] if _needs_neurons(recipe) else []
-    return ["prepare", "baseline", *finding, "train", "evaluate"]
+    names = ["prepare", "baseline"]
+    if needs_neurons(recipe):
+        assert recipe.select is not None
+        names += ["warmup", "score"] if recipe.select.needs_scores else []
+        names.append("select")
+    return [*names, "train", "evaluate"]
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -49,6 +58,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     Raises:
         DataError: a data file that is missing or cannot be read.
         CheckpointError: a file of the base model that cannot be read.
+        NeuronError: a file of a neuron set that is missing or cannot be read.
     """
     content = _Content(recipe)
     return [_MAKERS[name](recipe, content) for name in stage_names(recipe)]
@@ -58,12 +68,12 @@ def training_stage(name: str, recipe: Recipe, neurons: Path | None) -> Stage:
     """Training alone, with the neurons of a file."""
     chosen = None if neurons is None else NeuronSet.load(neurons)
     content = _Content(recipe)
-    ingredients = content.learning | content.section("train", without=_NO_INGREDIENTS)
+    ingredients = content.training
     if chosen is not None:
         ingredients["neurons"] = chosen.to_dict()["projections"]
 
-    def run(working: Path) -> None:
-        _train_on(recipe, recipe.train, recipe.train.method, chosen, working)
+    def run(working: Path, _inputs: _Folders) -> None:
+        _train_on(recipe, chosen, working)
 
     return Stage(name, 1, ingredients, (), run, resumable=True)
 
@@ -76,11 +86,16 @@ def evaluation_stage(name: str, recipe: Recipe, adapter: Path | None) -> Stage:
         read_config(adapter)
         ingredients["adapter"] = folder_identity(adapter)
 
-    def run(working: Path) -> None:
+    def run(working: Path, _inputs: _Folders) -> None:
         model = load_model(recipe.model)
         evaluate(model if adapter is None else load_adapter(model, adapter), recipe, working)
 
     return Stage(name, 1, ingredients, (), run)
+
+
+def needs_neurons(recipe: Recipe) -> bool:
+    """Whether the recipe's method trains chosen neurons."""
+    return find_method(recipe.train.method).needs_neurons
 
 
 class _Content:
@@ -89,89 +104,125 @@ class _Content:
     _SOURCES = ("train", "dev", "test")
     # What the examples of the test split do not depend on.
     _TRAINING_ONLY = ("max_length", "overlong", "train_limit", "dev_limit")
+    # Fields of a training section on which its result does not depend.
+    _NO_INGREDIENTS = ("report_to",)
 
     def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe.model_dump(mode="json")
-        self._sources = {
-            f"data.{split}": data_identity(getattr(recipe.data, split), f"data.{split}")
-            for split in self._SOURCES
-        }
+        self._recipe = recipe
+        self._fields = recipe.model_dump(mode="json")
         self._model = model_identity(recipe.model)
 
     def section(self, name: str, without: Collection[str] = ()) -> dict[str, Any]:
         """Fields of a section by their place in the recipe."""
-        fields: Mapping[str, Any] = self._recipe[name]
+        fields: Mapping[str, Any] = self._fields[name]
         return {f"{name}.{key}": value for key, value in fields.items() if key not in without}
 
     @property
     def model(self) -> dict[str, Any]:
         """The base model."""
-        return {"model": self._model} | self.section("model", without=("path", "revision"))
+        return {"model": self._model} | self.section("model", without=("path", "revision", "config"))
 
     @property
-    def learning(self) -> dict[str, Any]:
-        """What training depends on, beside its own section."""
+    def warmup(self) -> dict[str, Any]:
+        """What the warm-up depends on."""
+        options = self._recipe.warmup
+        assert options is not None
+        elsewhere = ("train", "dev", "seed")
+        fields = self.section("warmup", without=(*self._NO_INGREDIENTS, *elsewhere))
+        data = options.data_of(self._recipe.data)
+        return self._learning(data, options.seed_of(self._recipe.seed)) | fields
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What training depends on, beside the neurons."""
+        fields = self.section("train", without=self._NO_INGREDIENTS)
+        lora = resolved_lora(self._recipe)
+        if lora is not None:
+            fields["train.lora"] = lora.model_dump()
+        return self._learning(self._recipe.data, self._recipe.seed) | fields
+
+    def _learning(self, data: DataSection, seed: int) -> dict[str, Any]:
         fields = self.section("data", without=(*self._SOURCES, "test_limit"))
-        sources = {place: self._sources[place] for place in ("data.train", "data.dev")}
-        return self.model | fields | sources | {"seed": self._recipe["seed"]}
+        sources = {
+            "data.train": data_identity(data.train, "data.train"),
+            "data.dev": data_identity(data.dev, "data.dev"),
+        }
+        return self.model | fields | sources | {"seed": seed}
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What the choice of neurons depends on, beside their scores."""
+        options = self._recipe.select
+        assert options is not None
+        sets = {
+            "select.union": _neuron_sets(options.union),
+            "select.intersection": _neuron_sets(options.intersection),
+            "select.neurons": options.neurons and _neuron_sets([options.neurons]),
+        }
+        fields = self.section("select") | sets
+        if options.needs_scores:
+            return fields
+        return self.model | {"score.modules": self._fields["score"]["modules"]} | fields
 
     @property
     def testing(self) -> dict[str, Any]:
         """What evaluation depends on, beside the model."""
+        data, general = self._recipe.data, self._recipe.evaluate.general
         fields = self.section("data", without=(*self._SOURCES, *self._TRAINING_ONLY))
-        return fields | {"data.test": self._sources["data.test"]} | self.section("evaluate")
+        fields |= self.section("evaluate")
+        fields["data.test"] = data_identity(data.test, "data.test")
+        if general is not None:
+            text = data_identity(general.text, "evaluate.general.text")
+            fields["evaluate.general"] = fields["evaluate.general"] | {"text": text}
+        return fields
 
     @property
     def everything(self) -> dict[str, Any]:
         """The whole recipe, and the content of all files."""
-        return {"recipe": self._recipe, "model": self._model} | self._sources
+        files = self.training | self.testing
+        if self._recipe.warmup is not None:
+            files["warmup"] = self.warmup
+        if needs_neurons(self._recipe):
+            files["selection"] = self.selection
+        return {"recipe": self._fields, "files": files}
 
 
-# Fields of a training section on which its result does not depend.
-_NO_INGREDIENTS = ("report_to",)
-
-
-def _needs_neurons(recipe: Recipe) -> bool:
-    return find_method(recipe.train.method).needs_neurons
-
-
-def _folder(recipe: Recipe, stage: str) -> Path:
-    return Path(recipe.output).expanduser() / stage
+def _neuron_sets(files: Sequence[str]) -> list[Any]:
+    return [NeuronSet.load(Path(file).expanduser()).to_dict()["projections"] for file in files]
 
 
 def _prepare(recipe: Recipe, content: _Content) -> Stage:
-    def run(working: Path) -> None:
+    def run(working: Path, _inputs: _Folders) -> None:
         prepare(recipe, working)
 
     return Stage("prepare", 1, content.everything, (), run, derived=True)
 
 
 def _baseline(recipe: Recipe, content: _Content) -> Stage:
-    def run(working: Path) -> None:
+    def run(working: Path, _inputs: _Folders) -> None:
         evaluate(load_model(recipe.model), recipe, working)
 
     return Stage("baseline", 1, content.model | content.testing, (), run)
 
 
 def _warmup(recipe: Recipe, content: _Content) -> Stage:
-    assert recipe.warmup is not None
     options = recipe.warmup
+    assert options is not None
 
-    def run(working: Path) -> None:
-        _train_on(recipe, options, options.method, None, working)
+    def run(working: Path, _inputs: _Folders) -> None:
+        _warm_up(recipe, options, working)
 
-    ingredients = content.learning | content.section("warmup", without=_NO_INGREDIENTS)
-    return Stage("warmup", 1, ingredients, (), run, resumable=True)
+    return Stage("warmup", 1, content.warmup, (), run, resumable=True)
 
 
 def _score(recipe: Recipe, content: _Content) -> Stage:
-    def run(working: Path) -> None:
-        from neft.checkpoints import open_weights
+    def run(working: Path, inputs: _Folders) -> None:
         from neft.scoring import METHODS
 
+        step = recipe.score.step
+        warm = inputs["warmup"] / ("model" if step is None else f"snapshots/{step}")
         before = open_weights(recipe.model.path, recipe.model.revision)
-        after = open_weights(_folder(recipe, "warmup") / "model")
-        scores = METHODS[recipe.score.method](before, after, recipe.score.modules)
+        scores = METHODS[recipe.score.method](before, open_weights(warm), recipe.score.modules)
         scores.save(working / SCORES)
 
     ingredients = content.model | content.section("score")
@@ -179,32 +230,36 @@ def _score(recipe: Recipe, content: _Content) -> Stage:
 
 
 def _select(recipe: Recipe, content: _Content) -> Stage:
-    assert recipe.select is not None
     options = recipe.select
+    assert options is not None
 
-    def run(working: Path) -> None:
-        scores = NeuronScores.load(_folder(recipe, "score") / SCORES)
-        scores.select(**options.model_dump()).save(working / NEURONS)
+    def run(working: Path, inputs: _Folders) -> None:
+        if options.needs_scores:
+            scores = NeuronScores.load(inputs["score"] / SCORES)
+        else:
+            network = open_weights(recipe.model.path, recipe.model.revision).network
+            scores = unscored(network, recipe)
+        choose(scores, options).save(working / NEURONS)
 
-    return Stage("select", 1, content.section("select"), ("score",), run, derived=True)
+    reads = ("score",) if options.needs_scores else ()
+    return Stage("select", 1, content.selection, reads, run, derived=True)
 
 
 def _train(recipe: Recipe, content: _Content) -> Stage:
-    def run(working: Path) -> None:
-        chosen = _folder(recipe, "select") / NEURONS
-        neurons = NeuronSet.load(chosen) if _needs_neurons(recipe) else None
-        _train_on(recipe, recipe.train, recipe.train.method, neurons, working)
+    with_neurons = needs_neurons(recipe)
 
-    ingredients = content.learning | content.section("train", without=_NO_INGREDIENTS)
-    reads = ("select",) if _needs_neurons(recipe) else ()
-    return Stage("train", 1, ingredients, reads, run, resumable=True)
+    def run(working: Path, inputs: _Folders) -> None:
+        neurons = NeuronSet.load(inputs["select"] / NEURONS) if with_neurons else None
+        _train_on(recipe, neurons, working)
+
+    reads = ("select",) if with_neurons else ()
+    return Stage("train", 1, content.training, reads, run, resumable=True)
 
 
 def _evaluate(recipe: Recipe, content: _Content) -> Stage:
-    def run(working: Path) -> None:
-        train, baseline = _folder(recipe, "train"), _folder(recipe, "baseline")
-        evaluate(_load_trained(recipe, train), recipe, working)
-        collect_results(recipe.train.method, baseline, train, working)
+    def run(working: Path, inputs: _Folders) -> None:
+        evaluate(_load_trained(recipe, inputs["train"]), recipe, working)
+        collect_results(recipe.train.method, inputs["baseline"], inputs["train"], working)
 
     return Stage("evaluate", 1, content.testing, ("baseline", "train"), run)
 
@@ -220,21 +275,35 @@ _MAKERS: dict[str, Callable[[Recipe, _Content], Stage]] = {
 }
 
 
-def _train_on(
-    recipe: Recipe, options: TrainingSection, method: str, neurons: NeuronSet | None, folder: Path
-) -> None:
+def _warm_up(recipe: Recipe, options: WarmupSection, folder: Path) -> None:
+    from neft.sft.train import train
+
+    train(
+        recipe.model,
+        options.data_of(recipe.data),
+        options,
+        method=options.method,
+        seed=options.seed_of(recipe.seed),
+        folder=folder,
+        snapshots=options.snapshots,
+    )
+    # The trainer held its model in reference cycles; the next stage needs that memory.
+    gc.collect()
+
+
+def _train_on(recipe: Recipe, neurons: NeuronSet | None, folder: Path) -> None:
     from neft.sft.train import train
 
     train(
         recipe.model,
         recipe.data,
-        options,
-        method=method,
+        recipe.train,
+        method=recipe.train.method,
         neurons=neurons,
+        lora=resolved_lora(recipe),
         seed=recipe.seed,
         folder=folder,
     )
-    # The trainer held its model in reference cycles; the next stage needs that memory.
     gc.collect()
 
 

@@ -17,13 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from neft.errors import RunError, UsageError
 from neft.files import sync, write_json
+from neft.pipeline.provenance import package_versions, source_commit
 from neft.pipeline.stage import Stage
 
 RECORD = "stage.json"
@@ -61,6 +60,10 @@ class Record:
     """File, relative to the folder -> size in bytes."""
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions that made it; for the reader, not part of the fingerprint."""
+    released: bool = False
+    """Whether part of the result was deleted on purpose, once nothing needed it any more."""
+    commit: str | None = None
+    """Of this project's source, where it runs from a git checkout; ``+`` after it: with changes."""
 
     @property
     def num_bytes(self) -> int:
@@ -173,11 +176,21 @@ class StageFolder:
             seconds=round(seconds, 3),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             files=_sizes(self.working),
-            packages=_package_versions(),
+            packages=package_versions(),
+            commit=source_commit(),
         )
         write_json(self.working / RECORD, asdict(record))
         self.settle()
         return record
+
+    def release(self, name: str) -> None:
+        """Delete a folder of a finished stage that nothing needs any more, and keep the rest."""
+        record = self.finished()
+        assert record is not None, self.path
+        kept = {file: size for file, size in record.files.items() if not file.startswith(f"{name}/")}
+        # The record goes first: it must not speak of files that have gone.
+        write_json(self.path / RECORD, asdict(replace(record, files=kept, released=True)))
+        shutil.rmtree(self.path / name, ignore_errors=True)
 
     def settle(self) -> None:
         """Bring to an end a publication that was cut off; every step of it can be repeated."""
@@ -319,7 +332,3 @@ def _sync_all(folder: Path) -> None:
         sync(path)
 
 
-@cache
-def _package_versions() -> dict[str, str]:
-    names = ("neft", "torch", "transformers", "peft", "trl", "datasets", "sacrebleu")
-    return {name: version(name) for name in names}

@@ -7,9 +7,10 @@ same; it exists to be compared with.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from neft.errors import NeuronError
 from neft.neurons import NeuronSet
 
 
@@ -22,14 +23,42 @@ def mask_gradients(model: nn.Module, neurons: NeuronSet) -> list[RemovableHandle
 
     Returns:
         Handles whose ``remove()`` takes the masks off again.
+
+    Raises:
+        NeuronError: neurons of a module that the model does not have, or has in another shape.
     """
+    parameters = dict(model.named_parameters())
+    _check_fits(neurons, parameters)
     handles = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         mask = torch.zeros_like(parameter, dtype=torch.bool)
         module = name.removesuffix(".weight")
         if module in neurons:
             indices = torch.from_numpy(neurons[module]).to(mask.device)
             mask.index_fill_(neurons.projections[module].neuron_dim, indices, True)
         parameter.requires_grad_(True)
-        handles.append(parameter.register_hook(mask.mul))
+        handles.append(parameter.register_hook(_Mask(mask)))
     return handles
+
+
+class _Mask:
+    """Follows the gradients to the device that the model has been moved to since."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        self._mask = self._mask.to(gradient.device)
+        return gradient * self._mask
+
+
+def _check_fits(neurons: NeuronSet, parameters: dict[str, nn.Parameter]) -> None:
+    for name in neurons.modules():
+        expected = neurons.projections[name].weight_shape
+        found = parameters.get(f"{name}.weight")
+        if found is None or tuple(found.shape) != expected:
+            there = "none" if found is None else f"one of {tuple(found.shape)}"
+            raise NeuronError(
+                f"{name}: the neurons were chosen in a weight of shape {expected}, but this model has "
+                f"{there} there. The set was made for another model, or the weight is tied to another."
+            )

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,18 +15,29 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from neft.sft.resume import checkpoint_folder, discard_superseded, seal
+from neft.sft.resume import checkpoint_folder, discard_superseded, link_weights, seal
 
 
 class SealCheckpoints(TrainerCallback):
-    """Marks every checkpoint as whole once it is, and only then deletes what it supersedes."""
+    """Marks every checkpoint as whole once it is, and only then deletes what it supersedes.
+
+    Args:
+        snapshots: steps whose weights are kept for good -> the folder to keep them in.
+    """
+
+    def __init__(self, snapshots: Mapping[int, Path]) -> None:
+        self._snapshots = snapshots
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, _control: Any, **_: Any
     ) -> None:
         if state.is_world_process_zero:
             checkpoints = Path(args.output_dir)
-            seal(checkpoint_folder(checkpoints, state.global_step))
+            checkpoint = checkpoint_folder(checkpoints, state.global_step)
+            # First, so that the snapshot of a whole checkpoint is never missing, whatever is killed when.
+            if state.global_step in self._snapshots:
+                link_weights(checkpoint, self._snapshots[state.global_step])
+            seal(checkpoint)
             discard_superseded(checkpoints, state.best_global_step, state.global_step)
 
 

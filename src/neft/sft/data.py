@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 from neft.errors import DataError
-from neft.recipe import DataSection, DataSource
+from neft.recipe import DataSection, DataSource, GeneralSection
 from neft.sft.rows import Row, checked_text, read_rows, shown, source_name
 
 Split: TypeAlias = Literal["train", "dev", "test"]
@@ -71,6 +71,21 @@ def load_examples(data: DataSection, split: Split) -> list[Example]:
     if not examples:
         raise DataError(f"{source_name(source)}: holds no rows; data.{split} needs at least one.")
     return examples
+
+
+def load_texts(general: GeneralSection) -> list[str]:
+    """Read the plain texts on which forgetting is measured.
+
+    Raises:
+        DataError: names the file, the line or row, and the field at fault.
+    """
+    rows = islice(read_rows(general.text), general.limit)
+    texts = [row.text(general.field) for row in rows]
+    if not texts:
+        raise DataError(
+            f"{source_name(general.text)}: holds no rows; evaluate.general.text needs at least one."
+        )
+    return texts
 
 
 def _from_template(data: DataSection) -> Callable[[Row], Example]:

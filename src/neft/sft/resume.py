@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from neft.files import sync, write_json
+from neft.files import follow_umask, sync, write_json
 
 _MARKER = "complete.json"
 _STATE = "trainer_state.json"
@@ -26,6 +26,8 @@ _TRAINER_FILES = (
     "scaler.pt",
     "rng_state*.pth",
 )
+# The whole of an adapter.
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -52,7 +54,35 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def is_trainer_file(file: Path) -> bool:
+def link_weights(checkpoint: Path, result: Path) -> None:
+    """Give the model or adapter in ``checkpoint`` a second name: a folder that appears whole.
+
+    The weights are not copied, and outlive the checkpoint.
+    """
+    result.parent.mkdir(exist_ok=True)
+    part = result.with_name(f".{result.name}.part")
+    for leftover in (part, result):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir()
+    is_adapter = (checkpoint / _ADAPTER_FILES[0]).is_file()
+    for file in checkpoint.iterdir():
+        if file.name in _ADAPTER_FILES or not (is_adapter or _is_trainer_file(file)):
+            _link(file, part / file.name)
+    sync(part)
+    part.rename(result)
+    sync(result.parent)
+
+
+def _link(file: Path, new_name: Path) -> None:
+    try:
+        new_name.hardlink_to(file)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, new_name)
+    follow_umask(new_name)
+    sync(new_name)
+
+
+def _is_trainer_file(file: Path) -> bool:
     """Whether a file of a checkpoint serves the trainer, and is no part of the model or adapter."""
     return any(fnmatch(file.name, pattern) for pattern in _TRAINER_FILES)
 
@@ -71,7 +101,7 @@ def discard_superseded(checkpoints: Path, best: int | None, last: int) -> None:
             continue
         if _step(folder) == best:
             for file in folder.iterdir():
-                if is_trainer_file(file) and file.name != _MARKER:
+                if _is_trainer_file(file) and file.name != _MARKER:
                     file.unlink()
         else:
             (folder / _MARKER).unlink(missing_ok=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -18,26 +19,26 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import neft
 from neft.errors import RunError, UsageError
-from neft.files import file_identity, follow_umask, sync, write_json
+from neft.files import file_identity, write_json
 from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.neurons import NeuronSet
-from neft.recipe import DataSection, ModelSection, TrainingSection
+from neft.recipe import DataSection, LoraSection, ModelSection, TrainingSection
 from neft.sft.callbacks import SealCheckpoints, ShowProgress, StopOnSignal, TimeSteps
 from neft.sft.data import Split, load_examples
-from neft.sft.methods import METHODS, check_neurons, prepare
+from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.prompts import Encoded, encode_all
 from neft.sft.resume import (
     checkpoint_folder,
     discard_torn,
-    is_trainer_file,
     last_checkpoint,
+    link_weights,
     read_state,
 )
 from neft.sft.trainer import TargetTrainer
@@ -46,7 +47,8 @@ _log = logging.getLogger(__name__)
 
 RECORD = "training.json"
 """Written last: a run is finished when its folder has it."""
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SNAPSHOTS = "snapshots"
+"""Holds a folder like the result for each step whose weights were to be kept."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,18 @@ class TrainingResult:
     """``train``: step, loss, gradient norm and learning rate of every step; ``dev``: step and loss."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Run:
     """Everything that one call determines."""
 
     model: ModelSection
     options: TrainingSection
     method: str
-    neurons: NeuronSet | None
-    seed: int
+    neurons: NeuronSet | None = None
+    lora: LoraSection | None = None
+    seed: int = 0
     folder: Path
+    snapshots: tuple[int, ...] = ()
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     dev: Encoded
@@ -98,8 +102,13 @@ class _Run:
             "method": self.method,
             "seed": self.seed,
             "model": _model_identity(self.model),
-            "training": self.options.model_dump(mode="json", exclude={"report_to"}),
+            # A recipe's sections add fields to these, all of which are here by themselves.
+            "training": self.options.model_dump(
+                mode="json", include=set(TrainingSection.model_fields) - {"report_to"}
+            ),
             "neurons": neurons and _digest(neurons),
+            "lora": self.lora and _lora_identity(self.lora),
+            "snapshots": list(self.snapshots),
             "train": _digest([self.train.input_ids, self.train.labels]),
             "dev": _digest([self.dev.input_ids, self.dev.labels]),
         }
@@ -112,8 +121,10 @@ def train(
     *,
     method: str,
     neurons: NeuronSet | None = None,
+    lora: LoraSection | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str],
+    snapshots: Sequence[int] = (),
 ) -> TrainingResult:
     """Fine-tune ``model`` and keep the weights with the lowest development loss.
 
@@ -121,8 +132,8 @@ def train(
     and ends with the same bits as an unbroken one where the platform is deterministic (the CPU is).
     SIGINT and SIGTERM leave a checkpoint of the step they come in. A finished run is not repeated.
 
-    ``full`` trains float32 weights, with matrix products in ``model.dtype``; adapters train float32
-    vectors over weights frozen in ``model.dtype``.
+    Methods that make no adapter train float32 weights, with matrix products in ``model.dtype``;
+    adapters train float32 tensors over weights frozen in ``model.dtype``.
 
     Args:
         model: the base model.
@@ -130,20 +141,34 @@ def train(
         options: optimizer, schedule and length.
         method: a key of ``neft.sft.methods.METHODS``.
         neurons: for methods that train chosen neurons.
+        lora: for method ``lora``; its ``rank`` is resolved.
         seed: of data order, dropout and all other chance.
         folder: gets ``model/`` or ``adapter/``, and ``training.json``; ``checkpoints/`` meanwhile.
+        snapshots: steps whose weights are kept besides, in ``snapshots/<step>/``; multiples of
+            ``options.evaluate_every``.
 
     Raises:
         UsageError: input that cannot be used, or a folder that holds another run.
         RunError: a loss or gradient that is not finite, or too little memory; checkpoints are kept.
         KeyboardInterrupt: after SIGINT or SIGTERM.
     """
-    check_neurons(method, neurons)
+    check_inputs(method, neurons, lora)
+    _check_options(method, options, snapshots)
     check_machine(model, options)
     tokenizer = load_tokenizer(model)
     train_split, dev_split = (_encoded(data, split, tokenizer) for split in ("train", "dev"))
     run = _Run(
-        model, options, method, neurons, seed, Path(folder), tokenizer, train_split, dev_split
+        model=model,
+        options=options,
+        method=method,
+        neurons=neurons,
+        lora=lora,
+        seed=seed,
+        folder=Path(folder),
+        snapshots=tuple(snapshots),
+        tokenizer=tokenizer,
+        train=train_split,
+        dev=dev_split,
     )
     record = run.folder / RECORD
     for file in (record, run.plan):
@@ -154,6 +179,20 @@ def train(
         _publish(run)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     return _result(record)
+
+
+def _check_options(method: str, options: TrainingSection, snapshots: Sequence[int]) -> None:
+    if method == "mask" and options.weight_decay:
+        raise UsageError(
+            f"Method 'mask' needs weight_decay 0, not {options.weight_decay:g}: decay moves the masked "
+            "weights too."
+        )
+    for step in snapshots:
+        if step < 1 or step % options.evaluate_every:
+            raise UsageError(
+                f"snapshots has {step}, which is no multiple of evaluate_every = "
+                f"{options.evaluate_every}: only then are there weights to keep."
+            )
 
 
 def check_machine(model: ModelSection, options: TrainingSection) -> None:
@@ -189,6 +228,10 @@ def _encoded(data: DataSection, split: Split, tokenizer: PreTrainedTokenizerBase
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _lora_identity(lora: LoraSection) -> dict[str, Any]:
+    return {"rank": lora.rank, "alpha": lora.alpha or lora.rank, "dropout": lora.dropout}
 
 
 def _model_identity(model: ModelSection) -> dict[str, Any]:
@@ -238,8 +281,9 @@ def _train(run: _Run) -> None:
     last = last_checkpoint(run.checkpoints)
     set_seed(run.seed)
     with quiet_transformers(), StopOnSignal() as stop, ShowProgress() as shown:
-        trainer = _trainer(run, _prepared(run, last))
-        for callback in (SealCheckpoints(), TimeSteps(), stop, shown):
+        trainer = _set_up(run, last)
+        folders = {step: run.folder / SNAPSHOTS / str(step) for step in run.snapshots}
+        for callback in (SealCheckpoints(folders), TimeSteps(), stop, shown):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -252,24 +296,47 @@ def _train(run: _Run) -> None:
         raise KeyboardInterrupt
 
 
-def _prepared(run: _Run, last: Path | None) -> nn.Module:
-    """The model to train, and a note of what is trained beside the checkpoints to come."""
-    if METHODS[run.method].makes_adapter:
-        base = load_model(run.model)
-    else:
-        # Resumed from its own checkpoint, a model need not read the base weights first.
-        source = run.model.model_copy(update={"path": str(last), "revision": None})
-        base = load_model(source if last else run.model, torch.float32)
+def _set_up(run: _Run, last: Path | None) -> TargetTrainer:
+    """A trainer, and a note of what is trained beside the checkpoints to come."""
+    base = _base(run, last)
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
-    prepared = prepare(base, run.method, run.neurons)
-    trainable = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
+    trainer = _trainer(run, prepare(base, run.method, run.neurons, run.lora))
+    _check_within(run, trainer.args)
     plan = {
         "run": run.identity,
         "num_parameters": num_parameters,
-        "num_trainable": sum(parameter.numel() for parameter in trainable),
+        "num_trainable": _num_trained(run, trainer.model),
     }
     write_json(run.plan, plan)
-    return prepared
+    return trainer
+
+
+def _base(run: _Run, last: Path | None) -> PreTrainedModel:
+    """The model to prepare for training."""
+    if METHODS[run.method].makes_adapter:
+        return load_model(run.model)
+    # Resumed from its own checkpoint, a model need not read the base weights first.
+    source = run.model.model_copy(update={"path": str(last), "revision": None})
+    return load_model(source if last else run.model, torch.float32)
+
+
+def _num_trained(run: _Run, model: nn.Module) -> int:
+    """How many scalars can change; under a mask, fewer than have a gradient."""
+    if run.neurons is not None:
+        return run.neurons.num_parameters
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _check_within(run: _Run, settings: SFTConfig) -> None:
+    """Refuse snapshots that the run would never come to."""
+    examples = (
+        settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    )
+    num_steps = run.options.steps or math.ceil(
+        settings.num_train_epochs * math.ceil(len(run.train) / examples)
+    )
+    if late := [step for step in run.snapshots if step > num_steps]:
+        raise UsageError(f"snapshots has {late[0]}, but the run ends after step {num_steps}.")
 
 
 def _trainer(run: _Run, model: nn.Module) -> TargetTrainer:
@@ -321,6 +388,7 @@ def _settings(run: _Run) -> SFTConfig:
         bf16=run.model.dtype == "bfloat16" and masters,
         fp16=run.model.dtype == "float16",
         seed=run.seed,
+        train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         # Every step, as a loss that is not finite must stop the run at once.
         logging_strategy="steps",
         logging_steps=1,
@@ -357,7 +425,7 @@ def _publish(run: _Run) -> None:
     assert last is not None
     state = read_state(last)
     name = "adapter" if METHODS[run.method].makes_adapter else "model"
-    _link_result(checkpoint_folder(run.checkpoints, state["best_global_step"]), run.folder / name)
+    link_weights(checkpoint_folder(run.checkpoints, state["best_global_step"]), run.folder / name)
     plan = json.loads(run.plan.read_text(encoding="utf-8"))
     steps = [entry for entry in state["log_history"] if "loss" in entry]
     write_json(
@@ -385,29 +453,6 @@ def _publish(run: _Run) -> None:
             },
         },
     )
-
-
-def _link_result(checkpoint: Path, result: Path) -> None:
-    """Give the weights of ``checkpoint`` a second name; they stay where they are until the run ends."""
-    part = result.with_name(f".{result.name}.part")
-    for leftover in (part, result):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir()
-    is_adapter = (checkpoint / _ADAPTER_FILES[0]).is_file()
-    for file in checkpoint.iterdir():
-        if file.name in _ADAPTER_FILES or not (is_adapter or is_trainer_file(file)):
-            _link(file, part / file.name)
-    sync(part)
-    part.rename(result)
-
-
-def _link(file: Path, new_name: Path) -> None:
-    try:
-        new_name.hardlink_to(file)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(file, new_name)
-    follow_umask(new_name)
-    sync(new_name)
 
 
 def _result(record: Path) -> TrainingResult:

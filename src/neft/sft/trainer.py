@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import TrainerControl
 from transformers.utils import is_triton_available
 from trl import SFTTrainer
@@ -60,6 +61,13 @@ class TargetTrainer(SFTTrainer):
             ).logits
         total = F.cross_entropy(logits.float(), next_labels[is_scored], reduction="sum")
         return total / (is_scored.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        return LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
 
     def evaluate(
         self,
@@ -111,6 +119,52 @@ class TargetTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Report nothing about the user's run to anyone."""
+
+
+class LengthGrouped(Sampler[int]):
+    """Positions in an order whose batches hold like lengths, the batches themselves being shuffled.
+
+    The trainer's own sampler goes from long to short within each pool, so that the length of texts
+    follows the learning rate; and it draws from a global generator, so that a resumed run differs.
+
+    Args:
+        lengths: of the examples, in tokens.
+        batch_size: examples that are padded to one length.
+        seed: of the order; every epoch has another.
+    """
+
+    # Examples are sorted within random pools of this many batches: enough for little padding.
+    _POOL = 32
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Is told which epoch comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """The positions of one epoch."""
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        size = self._POOL * self._batch_size
+        pools = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = [
+            pool[start : start + self._batch_size]
+            for pool in (sorted(pool, key=self._lengths.__getitem__) for pool in pools)
+            for start in range(0, len(pool), self._batch_size)
+        ]
+        # Only the last batch may be smaller, as the loader cuts batches of one size.
+        last = [batches.pop()] if len(batches[-1]) < self._batch_size else []
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return iter([position for batch in shuffled + last for position in batch])
 
 
 @contextmanager

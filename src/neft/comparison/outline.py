@@ -1,0 +1,94 @@
+"""A comparison before it runs: its cells, what each trains, and the memory that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neft.comparison.schema import Comparison, MethodEntry
+from neft.errors import UsageError
+from neft.pipeline.selection import choose, unscored, with_rank
+from neft.pipeline.stages import needs_neurons
+from neft.projections import as_module
+from neft.recipe import ModelSection, Recipe
+from neft.sft.counting import memory_bytes, num_trainable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Outline:
+    """One row on one task."""
+
+    task: str
+    name: str
+    method: str
+    num_trainable: int
+    percent: float
+    """Of the model's parameters."""
+    num_bytes: int
+    """Weights, gradients and optimizer states in training; activations come on top."""
+    num_runs: int
+    """Training runs: one for each rate of the grid, and for each further seed."""
+    note: str
+    """What decides the row's size: neurons, rank."""
+
+
+def outline(comparison: Comparison) -> list[Outline]:
+    """Every row of every task, in order; reads no weights and no data.
+
+    Raises:
+        UsageError: a configuration that cannot be read, or budgets that the model cannot hold.
+    """
+    network = network_of(comparison.model)
+    return [
+        _outline(comparison, network, task, entry, recipe)
+        for task, entry, recipe in comparison.first_cells()
+    ]
+
+
+def network_of(model: ModelSection) -> nn.Module:
+    """The modules of a model without weights: of the checkpoint, else of ``model.config``.
+
+    Raises:
+        UsageError: neither can be read.
+    """
+    folder = Path(model.path).expanduser()
+    if model.config is not None and not folder.is_dir():
+        config = Path(model.config).expanduser()
+        if not config.is_file():
+            raise UsageError(f"model.config: {model.config}: no such file.")
+        return as_module(config)
+    return as_module(folder if folder.is_dir() else model.path)
+
+
+def _outline(
+    comparison: Comparison, network: nn.Module, task: str, entry: MethodEntry, recipe: Recipe
+) -> Outline:
+    train, neurons, note = recipe.train, None, ""
+    if needs_neurons(recipe):
+        assert recipe.select is not None
+        chosen = choose(unscored(network, recipe), recipe.select)
+        neurons, note = chosen.num_parameters, f"{len(chosen):,} neurons"
+        if entry.other_tasks:
+            note += ", and those of " + ", ".join(entry.other_tasks)
+    if train.lora is not None:
+        lora = with_rank(train.lora, network, recipe)
+        train, note = train.model_copy(update={"lora": lora}), f"rank {lora.rank}"
+    trained = num_trainable(network, train, neurons)
+    tuned = 0 if entry.learning_rates is None else len(entry.learning_rates)
+    # The first seed's run at the chosen rate is one of the trials.
+    num_runs = tuned + len(comparison.seeds) - (tuned > 0)
+    total = sum(parameter.numel() for parameter in network.parameters())
+    return Outline(
+        task,
+        entry.name,
+        entry.method,
+        trained,
+        100 * trained / total,
+        memory_bytes(network, train, trained, recipe.model.dtype),
+        num_runs,
+        note,
+    )

@@ -1,0 +1,255 @@
+"""What is to be done next: one rule for all methods, from what is finished alone.
+
+1. Every rate of a row's grid is trained with the first seed. Where the best development loss lies at an
+   edge of the grid, the grid is continued there, at the ratio of its last two rates, up to ``widen`` times.
+2. The rate with the lowest development loss is the row's; a rate at which training broke down loses to all
+   others. All seeds train at that rate.
+3. Only those cells are evaluated on the test split.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from neft.comparison.cells import Cell, Cells, Job, dev_loss
+from neft.comparison.schema import MethodEntry
+
+
+class RowState(StrEnum):
+    """How far a row has got."""
+
+    TUNING = "tuning"
+    TRAINING = "training"
+    """Its rate is chosen."""
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rate of a grid, with the first seed."""
+
+    rate: float
+    dev_loss: float | None
+    """``None`` while it is to be done, infinite where training failed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task: what it has tried, and what it is to do."""
+
+    task: str
+    entry: MethodEntry
+    trials: tuple[Trial, ...]
+    """Of its own grid, ascending by rate; none where it takes another row's."""
+    rate: float | None
+    """The learning rate, once it is chosen."""
+    at_edge: bool
+    """Whether the chosen rate is the lowest or highest that was tried, of several."""
+    cells: tuple[Cell, ...]
+    """What is evaluated: one for each seed, once the rate is chosen."""
+    failure: str | None
+
+    @property
+    def name(self) -> str:
+        """The method's name in the comparison."""
+        return self.entry.name
+
+
+class Plan:
+    """The rows of a comparison, and the jobs that bring them to an end."""
+
+    def __init__(self, cells: Cells) -> None:
+        self._cells = cells
+        self._comparison = cells.comparison
+
+    def rows(self) -> list[Row]:
+        """Every row of every task, as things stand."""
+        return [
+            self._row(task, entry)
+            for task in self._comparison.tasks
+            for entry in self._comparison.rows_of(task)
+        ]
+
+    def state(self, row: Row) -> RowState:
+        """How far a row has got; failed only when nothing of it can go on."""
+        if row.failure is not None:
+            return RowState.FAILED
+        if row.rate is None:
+            return RowState.TUNING
+        is_open = [cell for cell in row.cells if self._is_open(cell, "evaluate")]
+        if is_open:
+            return RowState.TRAINING
+        failed = any(self.failure(cell) for cell in row.cells)
+        return RowState.FAILED if failed else RowState.DONE
+
+    def failure(self, cell: Cell) -> str | None:
+        """Why a cell cannot be evaluated."""
+        return self._cells.failure(cell, "evaluate")
+
+    def ready(self) -> list[Job]:
+        """Jobs that can start now, each once, in the order of the comparison."""
+        found: dict[object, Job] = {}
+        for cell, stage in self._wanted():
+            for job in self._cells.ready(cell, stage):
+                found.setdefault(job.folder, job)
+        return list(found.values())
+
+    def open(self) -> list[tuple[Cell, str]]:
+        """Trainings and evaluations that are still to be done, those included that must wait."""
+        waiting: list[tuple[Cell, str]] = []
+        for row in self.rows():
+            if row.failure is not None:
+                continue
+            if row.rate is None:
+                waiting += [(cell, "train") for cell in self._open_trials(row)]
+                # Whatever rate wins, all seeds are evaluated at it, and all but the first trained.
+                stand_in = self._comparison.rates_of(row.entry)[0]
+                for seed in self._comparison.seeds:
+                    cell = Cell(row.task, row.name, seed, stand_in)
+                    if row.entry.rate_of or seed != self._comparison.seeds[0]:
+                        waiting.append((cell, "train"))
+                    waiting.append((cell, "evaluate"))
+            for cell in row.cells:
+                waiting += [(cell, s) for s in ("train", "evaluate") if self._is_open(cell, s)]
+        return waiting
+
+    def spent(self) -> Iterator[Cell]:
+        """Cells whose weights nothing needs any more: rates that lost, and cells that are evaluated."""
+        for row in self.rows():
+            if row.rate is None:
+                continue
+            for trial in row.trials:
+                if trial.rate != row.rate and trial.dev_loss not in (None, math.inf):
+                    yield self._trial_cell(row.task, row.entry, trial.rate)
+            for cell in row.cells:
+                job = self._cells.job(cell, "evaluate")
+                if job is not None and self._cells.finished(job) is not None:
+                    yield cell
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _wanted(self) -> Iterator[tuple[Cell, str]]:
+        for row in self.rows():
+            if row.failure is not None:
+                continue
+            if row.rate is None:
+                yield from ((cell, "train") for cell in self._open_trials(row))
+            for cell in row.cells:
+                if self._is_open(cell, "evaluate"):
+                    yield cell, "evaluate"
+
+    def _is_open(self, cell: Cell, stage: str) -> bool:
+        job = self._cells.job(cell, stage)
+        is_done = job is not None and self._cells.finished(job) is not None
+        return not is_done and self._cells.failure(cell, stage) is None
+
+    def _open_trials(self, row: Row) -> list[Cell]:
+        return [
+            self._trial_cell(row.task, row.entry, trial.rate)
+            for trial in row.trials
+            if trial.dev_loss is None
+        ]
+
+    def _row(self, task: str, entry: MethodEntry) -> Row:
+        own = entry if entry.rate_of is None else self._comparison.row(entry.rate_of)
+        trials = self._trials(task, own)
+        best = self._best(trials)
+        failure = None
+        if best is not None and best.dev_loss == math.inf:
+            first = self._trial_cell(task, own, trials[0].rate)
+            failure = self._cells.failure(first, "train")
+            best = None
+        rates = [trial.rate for trial in trials]
+        chosen = None if best is None else best.rate
+        return Row(
+            task,
+            entry,
+            trials if own is entry else (),
+            chosen,
+            len(rates) > 1 and chosen in (rates[0], rates[-1]),
+            ()
+            if chosen is None
+            else tuple(Cell(task, entry.name, seed, chosen) for seed in self._comparison.seeds),
+            failure,
+        )
+
+    def _trials(self, task: str, entry: MethodEntry) -> tuple[Trial, ...]:
+        """The trials of a row's grid, and those by which it has to be widened."""
+        assert entry.learning_rates is not None
+        rates = list(entry.learning_rates)
+        for _ in range(2 * self._comparison.widen + 1):
+            trials = tuple(self._trial(task, entry, rate) for rate in rates)
+            further = self._further_rate(trials, len(entry.learning_rates))
+            if further is None:
+                break
+            rates = sorted([*rates, further])
+        return trials
+
+    def _further_rate(self, trials: tuple[Trial, ...], size: int) -> float | None:
+        """The rate that continues a grid of ``size`` rates at the edge where its best lies."""
+        best = self._best(trials)
+        if best is None or size < 2 or best.dev_loss == math.inf:
+            return None
+        grid = [trial.rate for trial in trials]
+        if best.rate not in (grid[0], grid[-1]):
+            return None
+        edge, neighbour = (grid[0], grid[1]) if best.rate == grid[0] else (grid[-1], grid[-2])
+        # A grid is widened at one edge only, unless its shape is odd: count the steps taken there.
+        if len(grid) - size >= self._comparison.widen:
+            return None
+        # Two digits: 0.002 and not 0.0020000000000000005.
+        return float(f"{edge * edge / neighbour:.2g}")
+
+    @staticmethod
+    def _best(trials: tuple[Trial, ...]) -> Trial | None:
+        """The trial with the lowest loss, the lower rate of equals; ``None`` before all are done."""
+        done = [(trial.dev_loss, trial) for trial in trials if trial.dev_loss is not None]
+        if len(done) < len(trials):
+            return None
+        return min(done, key=lambda pair: pair[0])[1]
+
+    def _trial(self, task: str, entry: MethodEntry, rate: float) -> Trial:
+        cell = self._trial_cell(task, entry, rate)
+        loss = dev_loss(self._cells, cell)
+        if loss is None and self._cells.failure(cell, "train") is not None:
+            loss = math.inf
+        return Trial(rate, loss)
+
+    def _trial_cell(self, task: str, entry: MethodEntry, rate: float) -> Cell:
+        return Cell(task, entry.name, self._comparison.seeds[0], rate)
+
+
+class Forecast:
+    """Time left, from what like jobs have taken."""
+
+    def __init__(self, cells: Cells, plan: Plan) -> None:
+        self._cells = cells
+        self._plan = plan
+        self._seconds: dict[tuple[str, str], list[float]] = {}
+
+    def note(self, job: Job, seconds: float) -> None:
+        """A job took this long."""
+        for key in self._keys(job.stage, job.cell):
+            self._seconds.setdefault(key, []).append(seconds)
+
+    def seconds_left(self, num_parallel: int) -> float | None:
+        """Estimate for all that is open; ``None`` as long as nothing like it has been done."""
+        total = 0.0
+        for cell, stage in self._plan.open():
+            like = next(
+                (found for key in self._keys(stage, cell) if (found := self._seconds.get(key))), None
+            )
+            if like is None:
+                return None
+            total += statistics.fmean(like)
+        return total / num_parallel
+
+    def _keys(self, stage: str, cell: Cell) -> tuple[tuple[str, str], ...]:
+        """What a job is like, the closest first: its row, its method, its kind."""
+        method = self._cells.comparison.row(cell.row).method
+        return (stage, f"row {cell.row}"), (stage, f"method {method}"), (stage, "")

@@ -1,0 +1,213 @@
+"""Jobs in processes of their own: one that dies takes one job with it, not the comparison."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neft.comparison.cells import Job
+from neft.errors import NeftError
+from neft.pipeline.run import bring_to_finish
+from neft.pipeline.stages import stages_of
+from neft.pipeline.store import StageFolder
+from neft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job."""
+
+    job: Job
+    seconds: float
+    failure: str | None
+    """Why it failed; ``None`` where it is done."""
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    connection: Connection
+    slot: int
+    job: Job | None = None
+    started: float = 0.0
+
+
+class Workers:
+    """A fixed number of processes, each with its own device or share of the cores.
+
+    Args:
+        num_workers: jobs at a time. Several take the accelerators in turn, or share the cores.
+        logs: where what workers print goes, a file each; ``None``: to the terminal.
+    """
+
+    def __init__(self, num_workers: int, logs: Path | None) -> None:
+        self._num = num_workers
+        self._logs = logs
+        self._workers: dict[int, _Worker] = {}
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.connection.close()
+        for worker in self._workers.values():
+            # A worker in the middle of a job was told to stop by the same Ctrl-C, and saves its state.
+            worker.process.join()
+
+    @property
+    def num_idle(self) -> int:
+        """How many more jobs can be started."""
+        return self._num - len(self.running)
+
+    @property
+    def running(self) -> list[Job]:
+        """Jobs that are being done."""
+        return [worker.job for worker in self._workers.values() if worker.job is not None]
+
+    def start(self, job: Job) -> None:
+        """Give a job to an idle worker."""
+        slot = next(
+            slot
+            for slot in range(self._num)
+            if slot not in self._workers or self._workers[slot].job is None
+        )
+        worker = self._workers.get(slot) or self._spawn(slot)
+        worker.job, worker.started = job, time.perf_counter()
+        worker.connection.send(job)
+
+    def next_outcome(self) -> Outcome:
+        """Wait for a job to end."""
+        busy = {w.connection: w for w in self._workers.values() if w.job is not None}
+        connection = next(found for found in wait(list(busy)) if isinstance(found, Connection))
+        worker = busy[connection]
+        job = worker.job
+        assert job is not None
+        try:
+            failure: str | None = connection.recv()
+        except EOFError:
+            worker.process.join()
+            failure = _death(worker.process.exitcode)
+            del self._workers[worker.slot]
+        worker.job = None
+        return Outcome(job, time.perf_counter() - worker.started, failure)
+
+    def _spawn(self, slot: int) -> _Worker:
+        ours, theirs = _SPAWN.Pipe()
+        log = None if self._logs is None else self._logs / f"worker-{slot}.log"
+        share = _share(slot, self._num)
+        process = _SPAWN.Process(target=_serve, args=(theirs, share, log), daemon=False)
+        process.start()
+        theirs.close()
+        worker = _Worker(process, ours, slot)
+        self._workers[slot] = worker
+        return worker
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a worker may use of the machine; ``None``: all of it."""
+
+    gpu: str | None = None
+    """As CUDA_VISIBLE_DEVICES names it. The trainer would spread one job over all that it sees."""
+    num_threads: int | None = None
+
+    def take(self) -> None:
+        if self.gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
+        if self.num_threads is not None:
+            import torch
+
+            torch.set_num_threads(self.num_threads)
+
+
+def _share(slot: int, num_workers: int) -> _Share:
+    """The share of one of several workers: a GPU, in turn, or an equal part of the cores."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if num_gpus > 1 or (num_gpus and num_workers > 1):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
+        return _Share(gpu=visible.split(",")[slot % num_gpus])
+    if num_workers > 1 and not num_gpus:
+        return _Share(num_threads=max(1, torch.get_num_threads() // num_workers))
+    return _Share()
+
+
+def _death(exit_code: int | None) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "its process was killed, as a rule because memory ran out"
+    if exit_code is not None and exit_code < 0:
+        return f"its process died of {signal.Signals(-exit_code).name}"
+    return f"its process ended with exit code {exit_code}"
+
+
+# --- in the worker --------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, share: _Share, log: Path | None) -> None:
+    """Do jobs until there are no more."""
+    _end_with_parent()
+    if log is not None:
+        _print_into(log)
+    share.take()
+    while True:
+        try:
+            job: Job = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            _do(job)
+            failure = None
+        except KeyboardInterrupt:
+            return
+        except NeftError as error:
+            failure = str(error)
+        except Exception as error:
+            traceback.print_exc()
+            failure = f"unexpected {type(error).__name__}: {error}"
+        connection.send(failure)
+
+
+def _do(job: Job) -> None:
+    recipe = Recipe.model_validate(job.recipe)
+    stage = next(stage for stage in stages_of(recipe) if stage.name == job.stage)
+    say: Callable[[str], None] = lambda line: None  # noqa: E731  the comparison tells
+    bring_to_finish(stage, job.record, StageFolder(job.folder), job.inputs, say)
+
+
+def _end_with_parent() -> None:
+    """Let no job outlive a comparison that was killed: it would be in the way of the next."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _print_into(log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(handle, stream.fileno())
+    os.close(handle)
+
+

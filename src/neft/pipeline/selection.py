@@ -1,0 +1,92 @@
+"""Which neurons a recipe trains: from scores, by chance, or from sets that are there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neft.checkpoints import open_weights
+from neft.errors import NeuronError
+from neft.neurons import NeuronScores, NeuronSet
+from neft.recipe import LoraSection, Recipe, SelectSection
+from neft.sft.counting import matching_rank
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def unscored(network: nn.Module, recipe: Recipe) -> NeuronScores:
+    """The candidates of a recipe as if none had moved: enough to spend a budget or to draw at random.
+
+    Args:
+        network: the model's modules; their parameters may be on the meta device.
+        recipe: its score section says which projections count.
+    """
+    from neft.projections import find_projections
+
+    projections = find_projections(network, recipe.score.modules)
+    unmoved = {projection.name: np.zeros(projection.num_neurons) for projection in projections}
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return NeuronScores(projections, unmoved, num_parameters)
+
+
+def choose(scores: NeuronScores, options: SelectSection) -> NeuronSet:
+    """Choose neurons as a recipe says (Algorithm 1, step 3; the ablations of section 5).
+
+    Raises:
+        NeuronError: a budget that the scored projections cannot hold, a file that is no neuron set or
+            is of another model, or nothing is left.
+    """
+    if options.neurons is not None:
+        chosen = _load(options.neurons, scores)
+    else:
+        chosen = scores.select(
+            percent=options.percent, count=options.count, which=options.which, seed=options.seed
+        )
+    if options.takes_reversed:
+        chosen |= scores.select(
+            percent=options.reversed_percent, count=options.reversed_count, which="highest"
+        )
+    for file in options.union:
+        chosen |= _load(file, scores)
+    for file in options.intersection:
+        chosen &= _load(file, scores)
+    if not len(chosen):
+        raise NeuronError("select: the intersection holds no neuron; nothing would be trained.")
+    return chosen
+
+
+def _load(file: str, scores: NeuronScores) -> NeuronSet:
+    chosen = NeuronSet.load(Path(file).expanduser())
+    for name, projection in chosen.projections.items():
+        if len(chosen[name]) and scores.projections.get(name) != projection:
+            raise NeuronError(
+                f"{file}: has neurons of {name}, which are no candidates here: the set is of another "
+                "model, or score.modules leaves them out."
+            )
+    return chosen
+
+
+def resolved_lora(recipe: Recipe) -> LoraSection | None:
+    """The recipe's LoRA settings with the rank that ``match`` stands for; ``None`` for other methods.
+
+    Raises:
+        NeuronError: a budget that the candidate projections cannot hold.
+        CheckpointError: the base model's configuration cannot be read.
+    """
+    lora = recipe.train.lora
+    if lora is None or lora.match is None:
+        return lora
+    network = open_weights(recipe.model.path, recipe.model.revision).network
+    return with_rank(lora, network, recipe)
+
+
+def with_rank(lora: LoraSection, network: nn.Module, recipe: Recipe) -> LoraSection:
+    """``lora`` with the rank that ``match`` stands for on ``network``."""
+    if lora.match is None:
+        return lora
+    assert recipe.select is not None
+    budget = choose(unscored(network, recipe), recipe.select).num_parameters
+    return lora.model_copy(update={"rank": matching_rank(network, budget), "match": None})

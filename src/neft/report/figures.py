@@ -1,0 +1,108 @@
+"""Static figures, by matplotlib: PNG to look at, SVG to publish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neft.files import replaced_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by most colour-blind readers, as are the markers without colours.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_PANEL_INCHES = (4.2, 3.4)
+_MAX_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a table in a figure."""
+
+    label: str
+    num_trainable: int
+    mean: float
+    spread: float | None
+    """Standard deviation over seeds."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One task."""
+
+    title: str
+    series: Mapping[str, Sequence[Point]]
+    base: float | None = None
+    """The model before training, as a dotted line."""
+
+
+def draw_scores(stem: Path, panels: Sequence[Panel], metric: str, title: str | None) -> list[Path]:
+    """A metric against the number of trained parameters (the paper's Figure 2), a panel a task.
+
+    Args:
+        stem: the files' path without suffix.
+        panels: tasks, in order.
+        metric: of the vertical axis.
+        title: of the whole figure.
+
+    Returns:
+        The files: ``stem.png`` and ``stem.svg``.
+    """
+    figure = _new_figure(len(panels))
+    for position, panel in enumerate(panels):
+        axes: Axes = figure.axes[position]
+        for number, (name, points) in enumerate(panel.series.items()):
+            axes.errorbar(
+                [point.num_trainable / 1e6 for point in points],
+                [point.mean for point in points],
+                [point.spread or 0.0 for point in points],
+                label=name,
+                color=_COLOURS[number % len(_COLOURS)],
+                marker=_MARKERS[number % len(_MARKERS)],
+                linewidth=1.4,
+                markersize=5,
+                capsize=3,
+            )
+        if panel.base is not None:
+            axes.axhline(panel.base, color="grey", linestyle=":", linewidth=1.2, label="base model")
+        axes.set_xscale("log")
+        axes.set_title(panel.title)
+        axes.set_xlabel("trained parameters (millions)")
+        axes.set_ylabel(metric)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    if title is not None:
+        figure.suptitle(title)
+    return _save(figure, stem)
+
+
+def _new_figure(num_panels: int) -> Figure:
+    # Not pyplot: it keeps state, and wants a display on some machines.
+    from matplotlib.figure import Figure
+
+    columns = min(num_panels, _MAX_COLUMNS)
+    rows = -(-num_panels // columns)
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    for position in range(num_panels):
+        figure.add_subplot(rows, columns, position + 1)
+    return figure
+
+
+def _save(figure: Figure, stem: Path) -> list[Path]:
+    from matplotlib import rc_context
+
+    files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
+    for file in files:
+        # Without a date and with fixed ids, the same numbers give the same bytes.
+        with replaced_atomically(file) as part, rc_context({"svg.hashsalt": "neft"}):
+            kind = file.suffix.removeprefix(".")
+            figure.savefig(
+                part, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None
+            )
+    return files

@@ -35,8 +35,7 @@ LOCK = Path(__file__).with_name("debian.lock.json")
 RELEASE = "dists/bookworm/main"
 PACKAGES = f"{RELEASE}/binary-amd64/Packages.xz"
 ENGLISH = f"{RELEASE}/i18n/Translation-en.xz"
-DOCUMENT_WORDS = (40, 200)
-"""Words of a document, fewest and most."""
+MAX_DOCUMENT_WORDS = 200
 MAX_SUMMARY_CHARS = 100
 MAX_HELD_OUT = 500
 """Rows of dev and of test at most."""
@@ -57,6 +56,8 @@ class Language:
     """First word of the Unicode names of its letters."""
     fewest_letters: int
     """Letters of that script in a summary; names such as "Django" may be in plain Latin."""
+    fewest_words: int
+    """Words of a document."""
     held_out: float
     """Share of the source packages whose hash falls to dev, and the same again to test."""
 
@@ -67,9 +68,9 @@ class Language:
 
 
 LANGUAGES = {
-    "fr": Language("French", "fr", "LATIN", 8, held_out=0.08),
-    "de": Language("German", "de", "LATIN", 8, held_out=0.08),
-    "zh": Language("Chinese", "zh_CN", "CJK", 4, held_out=0.2),
+    "fr": Language("French", "fr", "LATIN", fewest_letters=8, fewest_words=40, held_out=0.08),
+    "de": Language("German", "de", "LATIN", fewest_letters=8, fewest_words=40, held_out=0.08),
+    "zh": Language("Chinese", "zh_CN", "CJK", fewest_letters=4, fewest_words=20, held_out=0.15),
 }
 
 
@@ -185,13 +186,12 @@ def reject(document: str, summary: str, synopsis: str, language: Language) -> st
         synopsis: the synopsis in English.
         language: the summary's.
     """
-    fewest, most = DOCUMENT_WORDS
     num_words = len(document.split())
     letters = _letters(summary)
     others = [c for c in letters if not unicodedata.name(c, "").startswith(language.script)]
     faults = {
-        "document short": num_words < fewest,
-        "document long": num_words > most,
+        "document short": num_words < language.fewest_words,
+        "document long": num_words > MAX_DOCUMENT_WORDS,
         "document is not prose": len(_letters(document)) < 0.7 * len(document),
         "no program": _NOT_A_PROGRAM.search(synopsis) is not None,
         "summary short": len(letters) - len(others) < language.fewest_letters,

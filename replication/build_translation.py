@@ -57,6 +57,13 @@ class Language:
 
 LANGUAGES = {
     "fr": Language("French", ("fr", "fr_FR", "fr-FR"), "LATIN", (0.5, 2.5), held_out=0.1),
+    "zh": Language(
+        "Chinese", ("zh", "zh_CN", "zh-CN", "zh_Hans", "zh_Hans_CN"), "CJK", (0.1, 1.3), held_out=0.1
+    ),
+    "de": Language("German", ("de", "de_DE", "de-DE"), "LATIN", (0.5, 2.5), held_out=0.1),
+    "hi": Language("Hindi", ("hi", "hi_IN"), "DEVANAGARI", (0.4, 2.6), held_out=0.15),
+    "bs": Language("Bosnian", ("bs", "bs_BA"), "LATIN", (0.5, 2.5), held_out=0.15),
+    "mi": Language("Maori", ("mi", "mi_NZ"), "LATIN", (0.5, 3.0), held_out=0.15),
 }
 
 
@@ -131,16 +138,16 @@ def clean(text: str) -> str:
 
 _PLACEHOLDER = re.compile(
     r"%\(\w[\w. -]*\)[-#0+ ]?[\d.]*[a-z]"  # %(name)s
-    r"|%\d*\$?[\d.]*l?[sdifrgxu](?![^\W\d_])"  # %s  %2$d
+    r"|%\d*\$?[\d.]*l?[sdifrgxu](?![A-Za-z\u00c0-\u024f])"  # %s  %2$d; Chinese may follow at once
     r"|%\d"  # %1
     r"|\$?\{\{?[^{}]*\}?\}"  # {name}  {{name}}  ${name}
-    r"|\$\w+"  # $name
+    r"|\$\w+|\$\(\w+\)|%[A-Z]{2,}"  # $name  $(name)  %NAME
 )
 _MARKUP = re.compile(
     r"<[^<>]+>"  # tags
     r"|[\\`]|\*\*|::|\|\||===|---|%%|\[\d+:|\]\(|\w#\w|:\w+:|_\w+_"  # wiki, Markdown, reST, code
     r"|https?:|www\.|^\W*\w+="  # addresses, settings
-    r"|&\w|\w&(?=\w*$)"  # keyboard accelerators
+    r"|&\w|\w&(?=\w*$)|~\w"  # keyboard accelerators
 )
 _IDENTIFIER = re.compile(r"\w+[_./:@]\w\S*|[a-z]+[A-Z]\S*|--?\w\S*")
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import lzma
+import tarfile
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from neft.errors import DataError
@@ -76,6 +79,38 @@ def _check(place: str | Path, content: bytes, sha256: str) -> None:
             "again) or the archive has moved on (https://snapshot.debian.org keeps each of its states: "
             "give one of them as --mirror)."
         )
+
+
+def read_package(deb: Path) -> dict[str, bytes]:
+    """The files in a binary package, by their paths.
+
+    Raises:
+        DataError: not a package, or one whose data are not a ``data.tar.xz``.
+    """
+    for name, content in _members(deb):
+        if name == "data.tar.xz":
+            try:
+                with tarfile.open(fileobj=io.BytesIO(content), mode="r:xz") as archive:
+                    regular = [member for member in archive if member.isfile()]
+                    files = [(member.name, archive.extractfile(member)) for member in regular]
+                    return {path: file.read() for path, file in files if file}
+            except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+                raise DataError(f"{deb}: {name}: not a compressed archive: {error}") from error
+    raise DataError(f"{deb}: not a Debian package with a data.tar.xz.")
+
+
+def _members(deb: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of an ``ar`` archive: a magic line, then 60 bytes ahead of each content."""
+    content = deb.read_bytes()
+    offset = len(b"!<arch>\n")
+    while content.startswith(b"!<arch>\n") and offset < len(content):
+        head = content[offset : offset + 60].decode("latin-1")
+        size = head[48:58].strip()
+        if not size.isdecimal():
+            return
+        start = offset + 60
+        yield head[:16].rstrip().rstrip("/"), content[start : start + int(size)]
+        offset = start + int(size) + int(size) % 2  # contents start at even offsets
 
 
 def paragraphs_of(lines: Iterable[str]) -> list[str]:

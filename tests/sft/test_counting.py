@@ -159,7 +159,7 @@ def test_memory_is_what_training_holds(
 
 
 def test_memory_of_a_large_model(llama_7b: nn.Module) -> None:
-    """In bfloat16: weights and 16 bytes a trained parameter, beside 18 bytes for every one of ``full``."""
+    """In bfloat16, at the paper's size."""
     whole, chosen = 6_738_415_616, 409_600_000
     assert memory_bytes(llama_7b, section("full"), whole, "bfloat16") == 18 * whole
     assert memory_bytes(llama_7b, section("mask"), chosen, "bfloat16") == 19 * whole

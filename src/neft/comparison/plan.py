@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import zip_longest
 
 from neft.comparison.cells import Cell, Cells, Job, dev_loss
 from neft.comparison.schema import MethodEntry
@@ -95,6 +96,8 @@ class Plan:
         """Jobs that can start now, each once, in the order of the comparison."""
         found: dict[object, Job] = {}
         for cell, stage in self._wanted():
+            if not self._is_open(cell, stage):
+                continue
             for job in self._cells.ready(cell, stage):
                 found.setdefault(job.folder, job)
         return list(found.values())
@@ -134,14 +137,14 @@ class Plan:
     # ----------------------------------------------------------------------------------------------
 
     def _wanted(self) -> Iterator[tuple[Cell, str]]:
-        for row in self.rows():
-            if row.failure is not None:
-                continue
+        """What is to be done: a whole table of the first seed before the next seed begins."""
+        rows = [row for row in self.rows() if row.failure is None]
+        for row in rows:
             if row.rate is None:
                 yield from ((cell, "train") for cell in self._open_trials(row))
-            for cell in row.cells:
-                if self._is_open(cell, "evaluate"):
-                    yield cell, "evaluate"
+            yield from ((cell, "evaluate") for cell in row.cells[:1])
+        for cells in zip_longest(*(row.cells[1:] for row in rows)):
+            yield from ((cell, "evaluate") for cell in cells if cell is not None)
 
     def _is_open(self, cell: Cell, stage: str) -> bool:
         job = self._cells.job(cell, stage)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def unscored(network: nn.Module, recipe: Recipe) -> NeuronScores:
-    """The candidates of a recipe as if none had moved: enough to spend a budget or to draw at random.
+    """The candidates of a recipe with made-up scores: enough to spend a budget or to draw at random.
 
     Args:
         network: the model's modules; their parameters may be on the meta device.
@@ -27,9 +27,15 @@ def unscored(network: nn.Module, recipe: Recipe) -> NeuronScores:
     from neft.projections import find_projections
 
     projections = find_projections(network, recipe.score.modules)
-    unmoved = {projection.name: np.zeros(projection.num_neurons) for projection in projections}
+    # All different, so that the lowest and the highest are not the same neurons.
+    ramp = np.linspace(0, 1, sum(projection.num_neurons for projection in projections))
+    ends = np.cumsum([projection.num_neurons for projection in projections])[:-1]
+    made_up = {
+        projection.name: part
+        for projection, part in zip(projections, np.split(ramp, ends), strict=True)
+    }
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    return NeuronScores(projections, unmoved, num_parameters)
+    return NeuronScores(projections, made_up, num_parameters)
 
 
 def choose(scores: NeuronScores, options: SelectSection) -> NeuronSet:

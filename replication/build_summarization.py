@@ -28,10 +28,9 @@ from typing import Any
 import dataset_folder
 import debian
 from dataset_folder import finished_report, fraction, program_digest, publish
-from debian import CACHE, MIRROR, fetch_archive_files, paragraphs_of, read_debian_lock
+from debian import CACHE, LOCK, MIRROR, fetch_archive_files, paragraphs_of, read_debian_lock
 from neft.errors import DataError
 
-LOCK = Path(__file__).with_name("debian.lock.json")
 RELEASE = "dists/bookworm/main"
 PACKAGES = f"{RELEASE}/binary-amd64/Packages.xz"
 ENGLISH = f"{RELEASE}/i18n/Translation-en.xz"
@@ -144,7 +143,9 @@ def read_sources(index: Path) -> dict[str, str]:
     """The source package of each package in a ``Packages`` index."""
     sources = {}
     for lines in _stanzas(index):
-        fields = dict(line.split(": ", 1) for line in lines if line.startswith(("Package: ", "Sour")))
+        fields = dict(
+            line.split(": ", 1) for line in lines if line.startswith(("Package: ", "Sour"))
+        )
         # Source is left out when it has the package's name, and may carry a version: "gcc-12 (12.2.0)".
         sources[fields["Package"]] = fields.get("Source", fields["Package"]).partition(" ")[0]
     return sources
@@ -152,7 +153,9 @@ def read_sources(index: Path) -> dict[str, str]:
 
 # --- Clean and reject -----------------------------------------------------------------------------
 
-_KIND = re.compile(r"\s+[-\u2013\u2014]+\s+[^-\u2013\u2014]+$|\s*[(\uff08][^()\uff08\uff09]*[)\uff09]$")
+_KIND = re.compile(
+    r"\s+[-\u2013\u2014]+\s+[^-\u2013\u2014]+$|\s*[(\uff08][^()\uff08\uff09]*[)\uff09]$"
+)
 _NOT_A_PROGRAM = re.compile(r"transitional|dummy|meta-?\s?package|debug(ging)? symbols", re.I)
 # Frequent in English, and a word in none of the target languages.
 _ENGLISH_WORD = re.compile(r"\b(?:the|of|and|with|from|for|to|is|library)\b", re.I)
@@ -307,14 +310,11 @@ def build_summarization(
             broken; or a split without a single row.
     """
     target = LANGUAGES[language]
-    pinned = read_debian_lock(lock)
-    if missing := [name for name in (PACKAGES, ENGLISH, target.index) if name not in pinned]:
-        raise DataError(f"{lock}: {' and '.join(missing)} must be pinned here, and are not.")
-    pins = {name: pinned[name] for name in (PACKAGES, ENGLISH, target.index)}
+    pins = read_debian_lock(lock, [PACKAGES, ENGLISH, target.index])
     inputs = {
         "language": language,
         "program": program_digest(__file__, debian.__file__, dataset_folder.__file__),
-        "index files": pins,
+        "debian files": pins,
     }
     if report := finished_report(folder, inputs):
         return report

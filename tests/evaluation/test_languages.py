@@ -71,7 +71,7 @@ def test_missing_tokenizer_is_an_error(language, module, extra) -> None:
     ],
 )
 def test_text_without_spaces_needs_its_language(text) -> None:
-    with pytest.raises(UsageError, match="target_language is missing.*without spaces"):
+    with pytest.raises(UsageError, match=r"target_language is missing.*without spaces"):
         check_spaces(["Ouvrir un fichier", text, text], None)
     with pytest.raises(UsageError, match="target_language is 'Klingon'"):
         check_spaces([text], "Klingon")

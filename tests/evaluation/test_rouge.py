@@ -52,10 +52,10 @@ def scored(predictions: list[str], references: list[str]) -> dict[str, float]:
         ("हिन्दी में सारांश।", ["हिन्दी", "में", "सारांश"]),
         ("مُلخَّص بالعربية، ١٢", ["مُلخَّص", "بالعربية", "١٢"]),
         ("한국어 요약", ["한국어", "요약"]),
-        ("サーバーを", ["サ", "ー", "バ", "ー", "を"]),
+        ("サーバーーを", ["サ", "ー", "バ", "ー", "ー", "を"]),
         ("ที่นี่", ["ที่", "นี่"]),
         ("ཡིག་ཆ", ["ཡི", "ག", "ཆ"]),
-        ("Straße ΣΟΦΟΣ ÇA", ["straße", "σοφος".replace("σοφος", "σοφος"[:-1] + "ς"), "ça"]),
+        ("Straße ΣΟΦΟΣ ÇA", ["straße", "σοφο\u03c2", "ça"]),
         ("x_y\tz\u00a0a\nb", ["x", "y", "z", "a", "b"]),
         ("…!? ¡¿ — 🙂", []),
         ("", []),
@@ -66,11 +66,14 @@ def test_words_of_every_script(text, words) -> None:
     assert UnicodeWords().tokenize(unicodedata.normalize("NFD", text)) == words
 
 
-@pytest.mark.parametrize("alphabet", ["ab c", "éü ñ", "文件 打", "कि त", "قل م"])
-def test_scores_by_definition(alphabet) -> None:
+@pytest.mark.parametrize(
+    "words",
+    ["the cat sat", "été déjà où", "文 件 打", "किताब में है", "كتاب في البيت", "책 읽다 집"],
+)
+def test_scores_by_definition(words) -> None:
     rng = random.Random(0)
-    references = ["".join(rng.choices(alphabet, k=12)) + alphabet[0] for _ in range(20)]
-    predictions = ["".join(rng.choices(alphabet, k=rng.randint(0, 12))) for _ in range(20)]
+    references = [" ".join(rng.choices(words.split(), k=9)) for _ in range(20)]
+    predictions = [" ".join(rng.choices(words.split(), k=rng.randint(0, 12))) for _ in range(20)]
     found = scored(predictions, references)
     tokenize = UnicodeWords().tokenize
     for kind in "12L":
@@ -79,7 +82,7 @@ def test_scores_by_definition(alphabet) -> None:
             for prediction, reference in zip(predictions, references, strict=True)
         ]
         assert found[f"ROUGE-{kind}"] == pytest.approx(100 * sum(values) / 20)
-        assert found[f"ROUGE-{kind}"] > 0
+        assert 10 < found[f"ROUGE-{kind}"] < 90
 
 
 def test_legacy_is_rouge_scores_default() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import sys
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +45,39 @@ def make_wheel() -> MakeWheel:
             "file": path.name,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "license": "MIT",
+            "languages": ["fr"],
         }
+
+    return make
+
+
+class MakePackage(Protocol):
+    def __call__(self, path: Path, files: Mapping[str, bytes]) -> str: ...
+
+
+@pytest.fixture
+def make_package() -> MakePackage:
+    """``make_package(path, {"./usr/a.mo": b"..."})`` writes a Debian package; its sha256."""
+
+    def member(name: str, content: bytes) -> bytes:
+        head = f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n"
+        return head.encode() + content + b"\n" * (len(content) % 2)
+
+    def make(path: Path, files: Mapping[str, bytes]) -> str:
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w:xz") as archive:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        members = [
+            ("debian-binary", b"2.0\n"),
+            ("control.tar.xz", b"odd"),
+            ("data.tar.xz", data.getvalue()),
+        ]
+        path.write_bytes(b"!<arch>\n" + b"".join(member(*each) for each in members))
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
     return make
 

@@ -7,25 +7,32 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import polib
 import pytest
 
 import build_translation
+import dataset_folder
+import debian
 from build_translation import (
     LANGUAGES,
     Language,
     Pair,
+    Registries,
     choose_targets,
     clean,
+    halves,
     is_sentence,
     normalised,
     read_catalogs,
     reject,
     split,
+    without_accelerators,
     words,
 )
+from debian import read_debian_lock
 from neft.errors import DataError
 
 FRENCH = LANGUAGES["fr"]
@@ -98,6 +105,28 @@ def test_a_broken_catalog_is_named(tmp_path, make_wheel, name):
         list(read_catalogs(tmp_path / "toy-1.0-py3-none-any.whl", FRENCH))
 
 
+def test_a_debian_package_is_read_without_its_accelerators(tmp_path, make_package):
+    entry = polib.POEntry(msgid="Sa_ve ~as %FILE_NAME", msgstr="En_registrer ~sous %FILE_NAME")
+    folder = "./usr/lib/office/fr/LC_MESSAGES"
+    files = {
+        f"{folder}/a.mo": catalog([entry]).to_binary(),
+        f"{folder.replace('fr', 'de')}/a.mo": b"not read",
+        f"{folder}/notes.txt": b"no catalog",
+    }
+    make_package(tmp_path / "office.deb", files)
+    assert list(read_catalogs(tmp_path / "office.deb", FRENCH)) == [
+        ("Save as %FILE_NAME", "Enregistrer sous %FILE_NAME")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("marked", "plain"),
+    [("_File", "File"), ("Ca_ncel", "Cancel"), ("~Next >", "Next >"), ("a _ b", "a _ b")],
+)
+def test_accelerators(marked, plain):
+    assert without_accelerators(marked) == plain
+
+
 # --- Clean and reject -----------------------------------------------------------------------------
 
 
@@ -150,12 +179,24 @@ def test_reject(source, target, fault):
     assert reject(source, target, FRENCH) == fault
 
 
-def test_other_scripts_are_data_not_code():
-    chinese = Language("Chinese", ("zh_Hans",), "CJK", (0.1, 1.3), held_out=0.1)
-    hindi = Language("Hindi", ("hi",), "DEVANAGARI", (0.4, 2.6), held_out=0.1)
-    assert reject("Restart the Django server.", "重新启动 Django 服务器。", chinese) is None
-    assert reject("Restart the server.", "Redémarrer le serveur.", chinese) == "script"
-    assert reject("Are you sure?", "क्या आप निश्चित हैं?", hindi) is None
+@pytest.mark.parametrize(
+    ("language", "source", "target", "fault"),
+    [
+        ("zh", "Restart the Django server.", "重新启动 Django 服务器。", None),
+        ("zh", "%s files are there", "%s中有%s个文件", "placeholders differ"),
+        ("zh", "%d files were saved", "保存了%d个文件", None),
+        ("zh", "Restart the server.", "Redémarrer le serveur.", "script"),
+        ("hi", "Are you sure?", "क्या आप निश्चित हैं?", None),
+        ("hi", "12 files were saved.", "१२ फ़ाइलें सहेजी गईं।", None),
+        ("hi", "Are you sure?", "Are you sure?", "script"),
+        ("de", "Delete the volume", "Datenträger löschen", None),
+        ("bs", "Returns the logical value TRUE.", "Vraća logičku vrijednost TRUE.", None),
+        ("mi", "Use a log scale", "Whakamahia tauine pūkete", None),
+        ("bs", "$(ARG1) is write protected", "Zaštićen za pisanje je", "placeholders differ"),
+    ],
+)
+def test_reject_in_other_languages(language, source, target, fault):
+    assert reject(source, target, LANGUAGES[language]) == fault
 
 
 def test_one_target_a_source():
@@ -264,6 +305,20 @@ def test_the_first_rows_are_a_fair_sample(splits):
     assert abs(early[0] - early[1]) < 0.15
 
 
+def test_halves_are_disjoint_and_keep_near_duplicates_together(splits):
+    parts = halves(splits["train"])
+    assert parts.keys() == {"train_A", "train_B"}
+    keys = {name: {normalised(pair.source) for pair in pairs} for name, pairs in parts.items()}
+    assert keys["train_A"].isdisjoint(keys["train_B"])
+    assert len(keys["train_A"]) < len(parts["train_A"]), "no near-duplicates: proves nothing"
+    order = {pair.source: place for place, pair in enumerate(splits["train"])}
+    for pairs in parts.values():
+        assert 0.4 < len(pairs) / len(splits["train"]) < 0.6
+        places = [order[pair.source] for pair in pairs]
+        assert places == sorted(places)
+    assert sum(map(len, parts.values())) == len(order)
+
+
 # --- Build ----------------------------------------------------------------------------------------
 
 
@@ -280,18 +335,46 @@ def lock(tmp_path, make_wheel, write_lock):
 
 
 def build(folder: Path, lock: Path) -> dict:
-    return build_translation.build_translation(folder, lock.parent / "cache", "fr", lock)
+    return build_translation.build_translation(
+        folder, "fr", Registries(lock, lock.parent / "cache")
+    )
 
 
 def test_files_and_report(tmp_path, lock):
     report = build(tmp_path / "out", lock)
     for name, file in report["files"].items():
         lines = (tmp_path / "out" / name).read_text(encoding="utf-8").splitlines()
-        assert len(lines) == file["pairs"] > 0
+        assert len(lines) == file["rows"] > 0
         assert all(json.loads(line).keys() == {"source", "target", "origin"} for line in lines)
-    assert report["files"].keys() == {"train.jsonl", "dev.jsonl", "test.jsonl"}
+    rows = {name.removesuffix(".jsonl"): file["rows"] for name, file in report["files"].items()}
+    assert rows.keys() == {"train", "dev", "test", "train_A", "train_B"}
+    assert rows["train"] == rows["train_A"] + rows["train_B"]
     assert report["dropped"]["empty"] == 1
-    assert sum(report["origins"].values()) == sum(f["pairs"] for f in report["files"].values())
+    assert sum(report["origins"].values()) == rows["train"] + rows["dev"] + rows["test"]
+
+
+def test_only_the_packages_of_the_language_are_read(tmp_path, lock, make_package, monkeypatch):
+    pairs = [(f"{source} there", f"{source} là-bas") for source in sources()]
+    po = po_bytes(*pairs)
+    name = "pool/main/o/office/office-l10n-fr_1_all.deb"
+    pins = {name: make_package(tmp_path / "debian" / name, {"./usr/fr.po": po}), "other": "0"}
+    (tmp_path / "debian.lock.json").write_text(json.dumps(pins))
+    entries = json.loads(lock.read_text())
+    lock.write_text(json.dumps([entries[0], entries[1] | {"languages": ["de", "zh"]}]))
+    french = replace(FRENCH, debian_packages=(name,))
+    monkeypatch.setitem(LANGUAGES, "fr", french)
+    registries = Registries(
+        lock, tmp_path / "cache", tmp_path / "debian.lock.json", tmp_path / "debian", "file:///none"
+    )
+    report = build_translation.build_translation(tmp_path / "out", "fr", registries)
+    assert report["origins"].keys() == {"toy", "office"}
+    assert report["inputs"]["debian files"] == {name: pins[name]}
+    assert report["inputs"]["wheels"].keys() == {"toy==1.0"}
+
+
+def test_every_debian_package_of_a_language_is_pinned():
+    for language in LANGUAGES.values():
+        read_debian_lock(debian.LOCK, language.debian_packages)
 
 
 def test_a_finished_build_is_not_repeated_but_a_changed_one_is(tmp_path, lock):
@@ -333,7 +416,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path, lock, monke
         path.write_text(text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_translation, "write_text", write_one_file_only)
+        patch.setattr(dataset_folder, "write_text", write_one_file_only)
         with pytest.raises(Killed):
             build(folder, lock)
     assert written
@@ -343,8 +426,8 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path, lock, monke
 
 def test_the_same_bytes_under_any_hash_seed(tmp_path, lock):
     script = (
-        "import sys; from pathlib import Path; from build_translation import build_translation as b\n"
-        "b(Path(sys.argv[1]), Path(sys.argv[2]), 'fr', Path(sys.argv[3]))"
+        "import sys; from pathlib import Path; from build_translation import *\n"
+        "build_translation(Path(sys.argv[1]), 'fr', Registries(Path(sys.argv[3]), Path(sys.argv[2])))"
     )
     for seed in ("1", "2"):
         subprocess.run(

@@ -63,17 +63,20 @@ def test_what_is_no_lock_file(tmp_path, content):
 
 
 def test_the_lock_of_the_project_is_complete():
-    from build_translation import LOCK
+    from build_translation import LANGUAGES, LOCK
 
     wheels = read_lock(LOCK)
+    assert {language for wheel in wheels for language in wheel.languages} == LANGUAGES.keys()
     for wheel in wheels:
         assert "==" in wheel.requirement
         assert wheel.file.endswith("-none-any.whl"), "would depend on the machine"
         assert len(wheel.sha256) == 64
+        assert wheel.languages, "nobody reads it"
     # Permissive licences only, so that the data may be passed on.
     assert {wheel.license for wheel in wheels} <= {
         "Apache-2.0",
         "BSD-2-Clause",
         "BSD-3-Clause",
         "MIT",
+        "ZPL-2.1",
     }

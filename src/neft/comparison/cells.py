@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from neft.comparison.schema import Comparison, MethodEntry, NeuronFiles
-from neft.errors import RunError
 from neft.files import write_json
 from neft.pipeline.run import planned_records
 from neft.pipeline.stages import NEURONS, stages_of
@@ -71,9 +70,16 @@ class Cells:
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self.output = Path(comparison.output).expanduser()
+        self._stages = self.output / "stages"
         self._done: dict[Path, Record] = {}
         self._jobs = cache(self._make_jobs)
         self.recipe = cache(self._recipe)
+
+    def settle(self) -> None:
+        """Bring to an end what a killed worker was about to publish; only while no worker runs."""
+        for working in self._stages.glob(".*.partial"):
+            name = working.name.removeprefix(".").removesuffix(".partial")
+            StageFolder(self._stages / name).settle()
 
     def job(self, cell: Cell, stage: str) -> Job | None:
         """A stage of a cell; ``None`` as long as it depends on neurons of other tasks to come."""
@@ -92,9 +98,7 @@ class Cells:
         if self.finished(job) is not None:
             return []
         needed = [name for name in job.inputs if not self._can_be_read(jobs[name])]
-        return [
-            found for name in needed for found in self._unless_readable(jobs, name)
-        ] or [job]
+        return [found for name in needed for found in self._unless_readable(jobs, name)] or [job]
 
     def _unless_readable(self, jobs: Mapping[str, Job], stage: str) -> list[Job]:
         released = self.finished(jobs[stage])
@@ -110,7 +114,6 @@ class Cells:
         """The record of a job, if it is done."""
         if job.folder not in self._done:
             folder = StageFolder(job.folder)
-            folder.settle()
             record = folder.finished()
             if record is None or folder.state() is not State.DONE:
                 return None
@@ -208,7 +211,7 @@ class Cells:
         stages = [stage for stage in stages_of(recipe) if stage.name != "prepare"]
         records = planned_records(stages)
         folders = {
-            name: self.output / "stages" / f"{name}-{record.fingerprint[:_DIGITS]}"
+            name: self._stages / f"{name}-{record.fingerprint[:_DIGITS]}"
             for name, record in records.items()
         }
         fields = recipe.model_dump(mode="json")

@@ -1,10 +1,8 @@
 """What is to be done next: one rule for all methods, from what is finished alone.
 
-1. Every rate of a row's grid is trained with the first seed. Where the best development loss lies at an
-   edge of the grid, the grid is continued there, at the ratio of its last two rates, up to ``widen`` times.
-2. The rate with the lowest development loss is the row's; a rate at which training broke down loses to all
-   others. All seeds train at that rate.
-3. Only those cells are evaluated on the test split.
+Every rate of a row's grid is trained with the first seed (see ``tuning``). All seeds train at the rate
+with the lowest development loss, and only those cells are evaluated on the test split. A rate at which
+training broke down loses to all others.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from itertools import zip_longest
 
 from neft.comparison.cells import Cell, Cells, Job, dev_loss
 from neft.comparison.schema import MethodEntry
+from neft.comparison.tuning import Trial, best, is_at_edge, trials
 
 
 class RowState(StrEnum):
@@ -28,15 +27,6 @@ class RowState(StrEnum):
     """Its rate is chosen."""
     DONE = "done"
     FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One rate of a grid, with the first seed."""
-
-    rate: float
-    dev_loss: float | None
-    """``None`` while it is to be done, infinite where training failed."""
 
 
 @dataclass(frozen=True)
@@ -160,68 +150,31 @@ class Plan:
 
     def _row(self, task: str, entry: MethodEntry) -> Row:
         own = entry if entry.rate_of is None else self._comparison.row(entry.rate_of)
-        trials = self._trials(task, own)
-        best = self._best(trials)
-        failure = None
-        if best is not None and best.dev_loss == math.inf:
-            first = self._trial_cell(task, own, trials[0].rate)
-            failure = self._cells.failure(first, "train")
-            best = None
-        rates = [trial.rate for trial in trials]
-        chosen = None if best is None else best.rate
+        assert own.learning_rates is not None
+        tried = trials(
+            own.learning_rates, self._comparison.widen, lambda rate: self._dev_loss(task, own, rate)
+        )
+        chosen, failure = best(tried), None
+        if chosen is not None and chosen.dev_loss == math.inf:
+            failure = self._cells.failure(self._trial_cell(task, own, chosen.rate), "train")
+            chosen = None
+        rate = None if chosen is None else chosen.rate
+        seeds = () if rate is None else self._comparison.seeds
         return Row(
             task,
             entry,
-            trials if own is entry else (),
-            chosen,
-            len(rates) > 1 and chosen in (rates[0], rates[-1]),
-            ()
-            if chosen is None
-            else tuple(Cell(task, entry.name, seed, chosen) for seed in self._comparison.seeds),
+            tried if own is entry else (),
+            rate,
+            rate is not None and is_at_edge(tried, rate),
+            tuple(Cell(task, entry.name, seed, rate) for seed in seeds if rate is not None),
             failure,
         )
 
-    def _trials(self, task: str, entry: MethodEntry) -> tuple[Trial, ...]:
-        """The trials of a row's grid, and those by which it has to be widened."""
-        assert entry.learning_rates is not None
-        rates = list(entry.learning_rates)
-        for _ in range(2 * self._comparison.widen + 1):
-            trials = tuple(self._trial(task, entry, rate) for rate in rates)
-            further = self._further_rate(trials, len(entry.learning_rates))
-            if further is None:
-                break
-            rates = sorted([*rates, further])
-        return trials
-
-    def _further_rate(self, trials: tuple[Trial, ...], size: int) -> float | None:
-        """The rate that continues a grid of ``size`` rates at the edge where its best lies."""
-        best = self._best(trials)
-        if best is None or size < 2 or best.dev_loss == math.inf:
-            return None
-        grid = [trial.rate for trial in trials]
-        if best.rate not in (grid[0], grid[-1]):
-            return None
-        edge, neighbour = (grid[0], grid[1]) if best.rate == grid[0] else (grid[-1], grid[-2])
-        # A grid is widened at one edge only, unless its shape is odd: count the steps taken there.
-        if len(grid) - size >= self._comparison.widen:
-            return None
-        # Two digits: 0.002 and not 0.0020000000000000005.
-        return float(f"{edge * edge / neighbour:.2g}")
-
-    @staticmethod
-    def _best(trials: tuple[Trial, ...]) -> Trial | None:
-        """The trial with the lowest loss, the lower rate of equals; ``None`` before all are done."""
-        done = [(trial.dev_loss, trial) for trial in trials if trial.dev_loss is not None]
-        if len(done) < len(trials):
-            return None
-        return min(done, key=lambda pair: pair[0])[1]
-
-    def _trial(self, task: str, entry: MethodEntry, rate: float) -> Trial:
+    def _dev_loss(self, task: str, entry: MethodEntry, rate: float) -> float | None:
         cell = self._trial_cell(task, entry, rate)
-        loss = dev_loss(self._cells, cell)
-        if loss is None and self._cells.failure(cell, "train") is not None:
-            loss = math.inf
-        return Trial(rate, loss)
+        if self._cells.failure(cell, "train") is not None:
+            return math.inf
+        return dev_loss(self._cells, cell)
 
     def _trial_cell(self, task: str, entry: MethodEntry, rate: float) -> Cell:
         return Cell(task, entry.name, self._comparison.seeds[0], rate)
@@ -245,7 +198,8 @@ class Forecast:
         total = 0.0
         for cell, stage in self._plan.open():
             like = next(
-                (found for key in self._keys(stage, cell) if (found := self._seconds.get(key))), None
+                (found for key in self._keys(stage, cell) if (found := self._seconds.get(key))),
+                None,
             )
             if like is None:
                 return None

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from neft.comparison.cells import Cell, Cells, read_training
-from neft.comparison.plan import Plan, Row, RowState, Trial
+from neft.comparison.plan import Plan, Row, RowState
+from neft.comparison.tuning import Trial
 from neft.evaluation import Paired, Score, significance
 from neft.pipeline.evaluate import PREDICTIONS, Evaluation, read_evaluation, read_predictions
 
@@ -111,7 +112,8 @@ def _task_result(
 ) -> TaskResult:
     cell = next(row.cells[0] for row in rows if seeds[row.name])
     baseline, train = cells.job(cell, "baseline"), cells.job(cell, "train")
-    assert baseline is not None and train is not None
+    assert baseline is not None
+    assert train is not None
     base = read_evaluation(baseline.folder)
     metrics = _metrics(cells, task, rows, seeds, list(base.scores))
     return TaskResult(
@@ -144,9 +146,7 @@ def _task_result(
 
 
 def _seed_results(cells: Cells, row: Row) -> tuple[SeedResult, ...]:
-    return tuple(
-        result for cell in row.cells if (result := _seed_result(cells, cell)) is not None
-    )
+    return tuple(result for cell in row.cells if (result := _seed_result(cells, cell)) is not None)
 
 
 def _seed_result(cells: Cells, cell: Cell) -> SeedResult | None:

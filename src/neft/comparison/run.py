@@ -61,6 +61,7 @@ def compare(
     cells = Cells(comparison)
     plan = Plan(cells)
     with locked(cells.output / LOCK):
+        cells.settle()
         if retry:
             cells.forget_failures()
         if plan.ready():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -34,10 +33,10 @@ Settings = dict[str, Any]
 class TaskEntry(Section):
     """A data set with its own settings, laid over the comparison's sections."""
 
-    data: Settings = {}
-    warmup: Settings = {}
-    train: Settings = {}
-    evaluate: Settings = {}
+    data: Settings = Field(default_factory=dict)
+    warmup: Settings = Field(default_factory=dict)
+    train: Settings = Field(default_factory=dict)
+    evaluate: Settings = Field(default_factory=dict)
 
 
 class MethodEntry(Section):
@@ -52,10 +51,10 @@ class MethodEntry(Section):
     """Take the rate that another row chose, for a variant of it."""
     select: Settings | None = None
     """The budget and choice of neurons, and the budget that LoRA may match."""
-    score: Settings = {}
-    warmup: Settings = {}
+    score: Settings = Field(default_factory=dict)
+    warmup: Settings = Field(default_factory=dict)
     lora: Settings | None = None
-    train: Settings = {}
+    train: Settings = Field(default_factory=dict)
     union_with: tuple[str, ...] = ()
     """Tasks whose neurons, chosen in the same way, are joined (NeFT_Union)."""
     intersection_with: tuple[str, ...] = ()
@@ -97,12 +96,12 @@ class Comparison(Section):
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     """The first tunes the learning rates; all of them train at the rate that is chosen."""
     model: ModelSection
-    data: Settings = {}
+    data: Settings = Field(default_factory=dict)
     tasks: dict[str, TaskEntry] = Field(min_length=1)
     warmup: Settings | None = None
-    score: Settings = {}
+    score: Settings = Field(default_factory=dict)
     train: Settings
-    evaluate: Settings = {}
+    evaluate: Settings = Field(default_factory=dict)
     widen: CountOrZero = 2
     """How many further rates a row may try beyond an edge of its grid while the best lies there. A grid
     of one rate is left as it is."""
@@ -245,8 +244,9 @@ def load_comparison(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     comparison = checked(Comparison, fields, str(path))
     # Cells share their sections, so that one fault is in many; each is told once, with its first cell.
     places: dict[str, str] = {}
+    lenders = {task for entry in comparison.methods for task in entry.other_tasks}
     for task in comparison.tasks:
-        if not comparison.rows_of(task):
+        if not comparison.rows_of(task) and task not in lenders:
             places[f"tasks.{task}: no method is run on it"] = ""
         for entry in comparison.rows_of(task):
             rate = comparison.rates_of(entry)[0]
@@ -256,8 +256,3 @@ def load_comparison(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     if places:
         raise refused(str(path), [f"{fault}{place}" for fault, place in places.items()])
     return comparison
-
-
-def comparison_name(path: str | os.PathLike[str]) -> str:
-    """The name of a comparison, from its file's."""
-    return Path(path).stem

@@ -60,8 +60,8 @@ def _seeds(comparison: Comparison) -> str:
 
 def _general_note(result: TaskResult) -> str:
     return (
-        "forgetting: rise of the loss on held-out general text, in nats a token; the base model's loss is "
-        f"{result.base.general_loss:.3f}"
+        "forgetting: rise of the loss on held-out general text, in nats a token; that of the base "
+        f"model is {result.base.general_loss:.3f}"
     )
 
 
@@ -70,10 +70,14 @@ def _row(
 ) -> list[str]:
     if not row.seeds:
         why = row.failure or "not finished"
-        return [row.name, *["-"] * 3, f"{row.state}: {_one_line(why)}", *["-"] * (len(metrics) + 2)] + (
-            ["-"] if with_general else []
-        )
-    assert row.rate is not None and row.num_trainable is not None
+        return [
+            row.name,
+            *["-"] * 3,
+            f"{row.state}: {_one_line(why)}",
+            *["-"] * (len(metrics) + 2),
+        ] + (["-"] if with_general else [])
+    assert row.rate is not None
+    assert row.num_trainable is not None
     losses = [seed.dev_loss for seed in row.seeds]
     cells = [
         row.name if row.state == RowState.DONE else f"{row.name} ({row.state})",
@@ -84,7 +88,9 @@ def _row(
     ]
     for metric in metrics:
         summary = row.metrics[metric]
-        text = f"{summary.mean:.1f}" + (f" ± {summary.spread:.1f}" if summary.spread is not None else "")
+        text = f"{summary.mean:.1f}" + (
+            f" ± {summary.spread:.1f}" if summary.spread is not None else ""
+        )
         cells.append(f"**{text}**" if summary.is_best else text)
     first = row.metrics[metrics[0]]
     cells.append(
@@ -115,10 +121,18 @@ def _rates(result: TaskResult) -> list[str]:
     ]
     notes = []
     if any(row.rate_at_edge for row in result.rows):
-        notes.append("† the best of the rates tried is the lowest or highest: a better one may lie beyond.")
+        notes.append(
+            "† the best of the rates tried is the lowest or highest: a better one may lie beyond."
+        )
     if any(row.rate_of for row in result.rows):
         notes.append("‡ takes the rate of another row.")
-    return [*notes, *([""] if notes else []), "Development loss by learning rate (* chosen):", "", *lines]
+    return [
+        *notes,
+        *([""] if notes else []),
+        "Development loss by learning rate (* chosen):",
+        "",
+        *lines,
+    ]
 
 
 def _loss(loss: float | None) -> str:
@@ -142,9 +156,7 @@ def _provenance(comparison: Comparison, provenance: Mapping[str, Any]) -> str:
     )
 
 
-def draw_figures(
-    comparison: Comparison, results: Sequence[TaskResult], folder: Path
-) -> list[Path]:
+def draw_figures(comparison: Comparison, results: Sequence[TaskResult], folder: Path) -> list[Path]:
     """Every figure of a comparison that has at least one finished point."""
     drawn: list[Path] = []
     for entry in comparison.figures:

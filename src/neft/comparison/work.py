@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -66,8 +65,10 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         for worker in self._workers.values():
             worker.connection.close()
+            if worker.job is not None:
+                # Training ends after the step in hand, with a checkpoint; anything else at once.
+                worker.process.terminate()
         for worker in self._workers.values():
-            # A worker in the middle of a job was told to stop by the same Ctrl-C, and saves its state.
             worker.process.join()
 
     @property
@@ -111,7 +112,7 @@ class Workers:
         ours, theirs = _SPAWN.Pipe()
         log = None if self._logs is None else self._logs / f"worker-{slot}.log"
         share = _share(slot, self._num)
-        process = _SPAWN.Process(target=_serve, args=(theirs, share, log), daemon=False)
+        process = _SPAWN.Process(target=_serve, args=(theirs, share, log), daemon=True)
         process.start()
         theirs.close()
         worker = _Worker(process, ours, slot)
@@ -162,6 +163,8 @@ def _death(exit_code: int | None) -> str:
 
 def _serve(connection: Connection, share: _Share, log: Path | None) -> None:
     """Do jobs until there are no more."""
+    # Out of reach of the terminal's Ctrl-C, which the parent passes on, once.
+    os.setsid()
     _end_with_parent()
     if log is not None:
         _print_into(log)
@@ -187,8 +190,11 @@ def _serve(connection: Connection, share: _Share, log: Path | None) -> None:
 def _do(job: Job) -> None:
     recipe = Recipe.model_validate(job.recipe)
     stage = next(stage for stage in stages_of(recipe) if stage.name == job.stage)
-    say: Callable[[str], None] = lambda line: None  # noqa: E731  the comparison tells
-    bring_to_finish(stage, job.record, StageFolder(job.folder), job.inputs, say)
+    bring_to_finish(stage, job.record, StageFolder(job.folder), job.inputs, _keep_quiet)
+
+
+def _keep_quiet(_line: str) -> None:
+    """The comparison tells what happens."""
 
 
 def _end_with_parent() -> None:
@@ -209,5 +215,3 @@ def _print_into(log: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(handle, stream.fileno())
     os.close(handle)
-
-

@@ -46,8 +46,8 @@ def text_loss(
         DataError: no text has two tokens.
         RunError: a loss that is not finite, or too little memory on the device.
     """
-    encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
-    token_ids = [ids[:max_length] for ids in encoded if len(ids[:max_length]) > 1]
+    encoded = (tokenizer(text, verbose=False)["input_ids"][:max_length] for text in texts)
+    token_ids = [ids for ids in encoded if len(ids) > 1]
     if not token_ids:
         raise DataError(
             f"None of {len(texts)} texts has two tokens within max_length = {max_length}, so no token "

@@ -7,6 +7,7 @@ is still the same.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from neft.errors import CheckpointError, DataError
@@ -18,7 +19,7 @@ _MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", 
 
 
 def data_identity(source: DataSource, place: str) -> str:
-    """Identity of a data source: content of files, or id, config, split and revision on the Hub.
+    """Identity of a data source: content of files, or what a recipe says of a set on the Hub.
 
     Args:
         source: as in the recipe.
@@ -29,7 +30,8 @@ def data_identity(source: DataSource, place: str) -> str:
     """
     match source:
         case HubData():
-            return f"{source.id}@{source.revision or 'main'} {source.config or ''} {source.split}"
+            name = f"{source.id}@{source.revision or 'main'} {source.config or ''} {source.split}"
+            return f"{name} {json.dumps(source.fields, sort_keys=True)}" if source.fields else name
         case ParallelFiles():
             sides = source.model_dump().items()
             return ", ".join(_data_file_identity(path, f"{place}.{side}") for side, path in sides)

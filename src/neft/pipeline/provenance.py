@@ -39,7 +39,9 @@ def source_commit() -> str | None:
     commit = found and _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None
-    return commit + ("+" if _git(folder, "status", "--porcelain", "--", folder.parent.as_posix()) else "")
+    return commit + (
+        "+" if _git(folder, "status", "--porcelain", "--", folder.parent.as_posix()) else ""
+    )
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

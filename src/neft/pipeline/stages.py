@@ -120,7 +120,9 @@ class _Content:
     @property
     def model(self) -> dict[str, Any]:
         """The base model."""
-        return {"model": self._model} | self.section("model", without=("path", "revision", "config"))
+        return {"model": self._model} | self.section(
+            "model", without=("path", "revision", "config")
+        )
 
     @property
     def warmup(self) -> dict[str, Any]:

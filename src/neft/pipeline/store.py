@@ -187,7 +187,9 @@ class StageFolder:
         """Delete a folder of a finished stage that nothing needs any more, and keep the rest."""
         record = self.finished()
         assert record is not None, self.path
-        kept = {file: size for file, size in record.files.items() if not file.startswith(f"{name}/")}
+        kept = {
+            file: size for file, size in record.files.items() if not file.startswith(f"{name}/")
+        }
         # The record goes first: it must not speak of files that have gone.
         write_json(self.path / RECORD, asdict(replace(record, files=kept, released=True)))
         shutil.rmtree(self.path / name, ignore_errors=True)
@@ -330,5 +332,3 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _sync_all(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
         sync(path)
-
-

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 from neft.errors import DataError
-from neft.recipe import DataSection, DataSource, GeneralSection
+from neft.recipe import DataSection, DataSource, GeneralSection, HubData
 from neft.sft.rows import Row, checked_text, read_rows, shown, source_name
 
 Split: TypeAlias = Literal["train", "dev", "test"]
@@ -66,6 +66,8 @@ def load_examples(data: DataSection, split: Split) -> list[Example]:
     """
     source: DataSource = getattr(data, split)
     limit: int | None = getattr(data, f"{split}_limit")
+    if isinstance(source, HubData):
+        data = data.model_copy(update={"fields": data.fields | source.fields})
     to_example = _from_messages(data) if data.task == "chat" else _from_template(data)
     examples = [to_example(row) for row in islice(read_rows(source), limit)]
     if not examples:
@@ -150,7 +152,7 @@ def _paths(data: DataSection, names: Iterable[str]) -> dict[str, str]:
     for name in data.fields:
         if name not in known:
             raise DataError(
-                f"data.fields: {name!r} is not a field of this task; it has {', '.join(known)}."
+                f"fields: {name!r} is not a field of this task; it has {', '.join(known)}."
             )
     return {name: data.fields.get(name, name) for name in known}
 

@@ -67,7 +67,7 @@ def source_name(source: DataSource) -> str:
     if isinstance(source, ParallelFiles):
         return f"{source.source} + {source.target}"
     if isinstance(source, HubData):
-        return f"{source.id} ({source.split})"
+        return f"{' '.join(filter(None, (source.id, source.config)))} ({source.split})"
     return source
 
 

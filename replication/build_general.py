@@ -145,7 +145,9 @@ def build_general(folder: Path, cache: Path, wheel: Wheel = WHEEL) -> dict[str, 
 def main() -> int:
     """Parse, build, print."""
     parser = dataset_folder.argument_parser(__doc__)
-    parser.add_argument("--output", type=Path, default="data/general", help="folder of the data")
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/general"), help="folder of the data"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of downloaded wheels")
     options = parser.parse_args()
     return dataset_folder.run(lambda: build_general(options.output, options.cache), options.output)

@@ -110,10 +110,10 @@ def _stanzas(index: Path) -> Iterator[list[str]]:
     Raises:
         DataError: not a compressed UTF-8 text.
     """
-    opener = {".xz": lzma.open, ".bz2": bz2.open}[index.suffix]
     lines: list[str] = []
+    opened = lzma.open if index.suffix == ".xz" else bz2.open
     try:
-        with opener(index, "rt", encoding="utf-8") as file:
+        with opened(index, "rt", encoding="utf-8") as file:
             for line in file:
                 if line.strip():
                     lines.append(line.rstrip("\n"))
@@ -129,14 +129,18 @@ def _stanzas(index: Path) -> Iterator[list[str]]:
 def read_descriptions(index: Path) -> Iterator[Description]:
     """Every description in a ``Translation-xx`` index."""
     language = index.name.removeprefix("Translation-").partition(".")[0]
-    names = ("Package", "Description-md5", f"Description-{language}")
+    synopsis = f"Description-{language}"
     for lines in _stanzas(index):
         head = [line for line in lines if not line.startswith(" ")]
         fields = dict(line.split(": ", 1) for line in head if ": " in line)
         # Some translations hold an empty line, and what follows it is a stanza without fields.
-        if all(name in fields for name in names):
-            long = paragraphs_of(line for line in lines if line.startswith(" "))
-            yield Description(*(fields[name] for name in names), tuple(long))
+        if {"Package", "Description-md5", synopsis} <= fields.keys():
+            yield Description(
+                package=fields["Package"],
+                md5=fields["Description-md5"],
+                synopsis=fields[synopsis],
+                paragraphs=tuple(paragraphs_of(line for line in lines if line.startswith(" "))),
+            )
 
 
 def read_sources(index: Path) -> dict[str, str]:

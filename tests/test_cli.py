@@ -334,7 +334,7 @@ def test_run_prints_results_on_stdout_and_what_happens_on_stderr(finished) -> No
         "base",
         "NeFT",
         "BLEU",
-        "chrF",
+        "chrF++",
         "trained parameters",
         "time a step",
         "13a",

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,10 +39,10 @@ def stop_at(moment: str, wanted: str) -> None:
 def stages(
     text: str = "ab", num_steps: int = NUM_STEPS, label: str = "n", stop: str = ""
 ) -> list[Stage]:
-    def write(working: Path) -> None:
+    def write(working: Path, _inputs: Mapping[str, Path]) -> None:
         (working / "text").write_text(text)
 
-    def copy(working: Path) -> None:
+    def copy(working: Path, inputs: Mapping[str, Path]) -> None:
         steps, twin = working / "steps", working / "twin"
         done = steps.read_text() if steps.exists() else ""
         assert not done or twin.exists(), "resumed from something that was being removed"
@@ -53,10 +53,10 @@ def stages(
             steps.write_text(done)
             with (working.parent / "log").open("a") as log:
                 log.write(str(step))
-        (working / "copied").write_text((working.parent / "write" / "text").read_text() * num_steps)
+        (working / "copied").write_text((inputs["write"] / "text").read_text() * num_steps)
 
-    def count(working: Path) -> None:
-        (working / label).write_text(str(len((working.parent / "copy" / "copied").read_text())))
+    def count(working: Path, inputs: Mapping[str, Path]) -> None:
+        (working / label).write_text(str(len((inputs["copy"] / "copied").read_text())))
 
     return [
         Stage("write", 1, {"write.text": text}, (), write),
@@ -264,7 +264,7 @@ def test_old_results_stay_until_new_ones_are_finished(output) -> None:
     run(output)
     broken = stages(num_steps=2)
 
-    def fail(working: Path) -> None:
+    def fail(working: Path, _inputs: Mapping[str, Path]) -> None:
         raise RunError("no space left")
 
     broken[1] = Stage("copy", 1, {"copy.steps": 2}, ("write",), fail, resumable=True)
@@ -274,7 +274,7 @@ def test_old_results_stay_until_new_ones_are_finished(output) -> None:
 
 
 def test_failed_stage_leaves_nothing(output) -> None:
-    def fail(working: Path) -> None:
+    def fail(working: Path, _inputs: Mapping[str, Path]) -> None:
         (working / "half").write_text("half")
         raise RunError("broken")
 
@@ -363,7 +363,7 @@ def test_killed_while_another_recipes_work_is_removed(tmp_path) -> None:
 def test_failed_training_goes_on_where_it_was(output) -> None:
     failing = stages()
 
-    def fail_after_two_steps(working: Path) -> None:
+    def fail_after_two_steps(working: Path, inputs: Mapping[str, Path]) -> None:
         (working / "steps").write_text("01")
         (working / "twin").write_text("01")
         raise RunError("the loss is not finite")

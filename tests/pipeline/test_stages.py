@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from neft.pipeline.run import _planned
+from neft.neurons import Axis, NeuronSet, Projection
+from neft.pipeline.run import planned_records
 from neft.pipeline.stages import stage_names, stages_of
 from neft.recipe import Recipe
 
@@ -38,12 +39,12 @@ def fields(tmp_path: Path) -> dict[str, Any]:
 
 
 def fingerprints(fields: dict[str, Any]) -> dict[str, str]:
-    planned = _planned(stages_of(Recipe.model_validate(fields)))
+    planned = planned_records(stages_of(Recipe.model_validate(fields)))
     return {name: record.fingerprint for name, record in planned.items()}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    return [name for name in ALL if before[name] != after[name]]
+    return [name for name in ALL if before.get(name) != after.get(name)]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,14 @@ def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
         ("warmup.report_to", ["tensorboard"], ["prepare"]),
         ("score.modules", ["down"], ["prepare", "score", "select", "train", "evaluate"]),
         ("select.percent", 6, ["prepare", "select", "train", "evaluate"]),
-        ("select.which", "random", ["prepare", "select", "train", "evaluate"]),
+        ("select.which", "highest", ["prepare", "select", "train", "evaluate"]),
+        ("select.reversed_percent", 3, ["prepare", "select", "train", "evaluate"]),
+        ("warmup.seed", 0, ["prepare"]),
+        ("warmup.seed", 1, LEARNING),
+        ("warmup.snapshots", [10], LEARNING),
+        ("train.group_by_length", True, ["prepare", "train", "evaluate"]),
+        ("train.method", "mask", ["prepare", "train", "evaluate"]),
+        ("model.config", "config.json", ["prepare"]),
         ("train.learning_rate", 2e-3, ["prepare", "train", "evaluate"]),
         ("train.batch_size", 4, ["prepare", "train", "evaluate"]),
         ("train.report_to", ["tensorboard"], ["prepare"]),
@@ -98,6 +106,52 @@ def test_change_of_a_file(fields, tmp_path, name, touched) -> None:
     before = fingerprints(fields)
     (tmp_path / name).write_text("something else")
     assert changed(before, fingerprints(fields)) == touched
+
+
+def test_neurons_of_other_data(fields, tmp_path) -> None:
+    before = fingerprints(fields)
+    (tmp_path / "other.jsonl").write_text("other")
+    fields["warmup"]["train"] = str(tmp_path / "other.jsonl")
+    # Training, on the data of the recipe, depends on it through the neurons alone.
+    assert changed(before, fingerprints(fields)) == LEARNING
+    fields["warmup"]["train"] = fields["data"]["train"]
+    assert changed(before, fingerprints(fields)) == ["prepare"]
+
+
+def test_random_neurons_need_no_warmup(fields) -> None:
+    fields["select"]["which"] = "random"
+    names = ["prepare", "baseline", "select", "train", "evaluate"]
+    before = fingerprints(fields)
+    assert list(before) == names
+    fields["warmup"]["learning_rate"] = 1.0
+    assert changed(before, fingerprints(fields)) == ["prepare"]
+    fields["select"]["seed"] = 1
+    assert "train" in changed(before, fingerprints(fields))
+    del fields["warmup"]
+    assert list(fingerprints(fields)) == names
+
+
+def test_a_set_is_known_by_its_neurons_not_by_its_file(fields, tmp_path) -> None:
+    projection = Projection("mlp.up", 0, "up", Axis.ROW, 4, 2)
+    for name, indices in {"a": [1], "b": [1], "c": [2]}.items():
+        chosen = NeuronSet([projection], {"mlp.up": indices}, {"made": name})
+        chosen.save(tmp_path / f"{name}.json")
+    found = {}
+    for name in "abc":
+        fields["select"]["union"] = [str(tmp_path / f"{name}.json")]
+        found[name] = fingerprints(fields)
+    assert changed(found["a"], found["b"]) == ["prepare"]
+    assert changed(found["a"], found["c"]) == ["prepare", "select", "train", "evaluate"]
+
+
+def test_general_text_touches_evaluations_alone(fields, tmp_path) -> None:
+    before = fingerprints(fields)
+    (tmp_path / "general.jsonl").write_text("some")
+    fields["evaluate"]["general"] = {"text": str(tmp_path / "general.jsonl")}
+    first = fingerprints(fields)
+    assert changed(before, first) == ["prepare", "baseline", "evaluate"]
+    (tmp_path / "general.jsonl").write_text("other")
+    assert changed(first, fingerprints(fields)) == ["prepare", "baseline", "evaluate"]
 
 
 def test_same_files_elsewhere(fields, tmp_path) -> None:

@@ -72,7 +72,7 @@ def test_results(unbroken) -> None:
     assert 8.5 < results.percent_trainable <= 9
     assert results.num_steps == 4
     assert results.best_step in (2, 4)
-    assert list(results.base) == list(results.trained) == ["BLEU", "chrF"]
+    assert list(results.base) == list(results.trained) == ["BLEU", "chrF++"]
     assert results.artifact == "train/adapter"
     adapter = folder / "run" / results.artifact
     assert results.artifact_bytes == sum(path.stat().st_size for path in adapter.iterdir())
@@ -93,13 +93,13 @@ def test_samples_are_of_the_predictions(unbroken) -> None:
 
 
 def test_scores_are_those_of_the_predictions(unbroken) -> None:
-    from neft.evaluation import corpus_scores
+    from neft.evaluation import score_predictions
 
     folder, results = unbroken
     for stage, scores in (("baseline", results.base), ("evaluate", results.trained)):
         lines = read_predictions(folder / "run" / stage / "predictions.jsonl")
         texts = [line.prediction for line in lines], [line.reference for line in lines]
-        assert scores == corpus_scores(*texts, "upper case")
+        assert scores == score_predictions("translation", *texts, "upper case")
 
 
 def test_files(unbroken) -> None:
@@ -233,5 +233,5 @@ def test_classification(tiny_recipe, tmp_path) -> None:
     sources = {split: str(data) for split in ("train", "dev", "test")}
     fields = {"task": "classification", "labels": ["no", "yes"]} | sources
     results = quietly(recipe, f"data={json.dumps(fields)}")
-    assert list(results.trained) == ["accuracy"]
+    assert list(results.trained) == ["accuracy", "macro-F1"]
     assert results.trained["accuracy"].score in (0, 25, 50, 75, 100)

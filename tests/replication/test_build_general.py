@@ -64,6 +64,9 @@ def test_choice():
     assert len(chosen) in (9 * MAX_PER_ADDRESS, 9 * MAX_PER_ADDRESS + 1)
     assert len({paragraph.text for paragraph in chosen}) == len(chosen)
     assert choose(reversed([*many, Paragraph("text 0", "another")])) == chosen
+    assert choose([Paragraph("said", "twice"), Paragraph("said", "once")]) == [
+        Paragraph("said", "once")
+    ]
 
 
 def test_choice_is_bounded(monkeypatch):

@@ -1,4 +1,4 @@
-"""The paper's data from small archives in the schemas of the real ones, and what the recipes make of them."""
+"""The paper's data from small archives in the schemas of the real ones; the recipes read them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import build_paper_data
 import pytest
-from build_paper_data import build_cross_sum, build_news_commentary
 
+import build_paper_data
+from build_paper_data import build_cross_sum, build_news_commentary
 from neft.comparison.schema import load_comparison
 from neft.errors import DataError
 from neft.recipe import DataSource

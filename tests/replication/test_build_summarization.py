@@ -216,7 +216,9 @@ def archive(tmp_path: Path) -> Path:
         for name in names:
             packages.append(f"Package: {name}\nSource: toy{number}\n")
             head = f"Package: {name}\nDescription-md5: md5-{name}\n"
-            english.append(f"{head}Description-en: toy\n {description_of(number)}\n")
+            english.append(
+                f"{head}Description-en: toy\n {description_of(number)}\n .\n See below.\n"
+            )
             french.append(f"{head}Description-fr: jouet numéro {number} - documents\n Inutile.\n")
     french.append("Package: new\nDescription-md5: unknown\nDescription-fr: nouveau\n")
     pins = {}

@@ -49,7 +49,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     rows = [json.dumps({"source": s, "target": t}, ensure_ascii=False) for s, t in PAIRS]
     data.write_text("\n".join(rows), encoding="utf-8")
     training = {"steps": 4, "batch_size": 4, "warmup_steps": 1, "evaluate_every": 2}
-    return parse_recipe(
+    return checked(
+        Recipe,
         {
             "output": str(folder / "run"),
             "model": {"path": str(fetch_model(ROOT / "models/smollm2-135m-instruct"))},

@@ -140,8 +140,43 @@ def test_numbers_as_yaml_writes_them(recipe_file: Path) -> None:
             "train.warmup_steps: Input should be greater than or equal to 0",
         ),
         (
-            {"train__method": "lora"},
-            "train.method: Input should be 'neft' or 'full' (found 'lora')",
+            {"train__method": "lora+"},
+            "train.method: Input should be 'full', 'embed', 'in_out', 'lora', 'mask' or 'neft'",
+        ),
+        ({"train__method": "lora"}, "train: method 'lora' and the section lora go together"),
+        ({"train__lora": {"rank": 8}}, "train: method 'lora' and the section lora go together"),
+        (
+            {"train__method": "lora", "train__lora": {"rank": 8, "match": "neft"}},
+            "train.lora: give either rank or match",
+        ),
+        (
+            {"train__method": "lora", "train__lora": {"match": "neft"}, "select": ...},
+            "recipe: train.lora.match 'neft' needs the section select, whose budget it matches",
+        ),
+        (
+            {"train__method": "mask", "train__weight_decay": 0.1},
+            "train: method 'mask' needs weight_decay 0",
+        ),
+        (
+            {"select__neurons": "n.json"},
+            "select: neurons takes a set as it is; remove the budgets",
+        ),
+        (
+            {"select__reversed_percent": 3, "select__which": "random"},
+            "select: the reversed neurons are joined to the lowest, not to random",
+        ),
+        (
+            {"select__reversed_percent": 3, "select__reversed_count": 3},
+            "select: give either reversed_percent or reversed_count",
+        ),
+        (
+            {"warmup__snapshots": [7]},
+            "warmup: snapshots has 7, which is no multiple of evaluate_every = 50",
+        ),
+        ({"score__step": 7}, "recipe: score.step 7 is not one of warmup.snapshots"),
+        (
+            {"evaluate__general": {"text": "t.jsonl", "split": "x"}},
+            "evaluate.general.split: unknown key",
         ),
         ({"train__steps": 5}, "train: give either epochs or steps"),
         ({"train__epochs": ...}, "train: give either epochs or steps"),
@@ -153,8 +188,12 @@ def test_numbers_as_yaml_writes_them(recipe_file: Path) -> None:
         ({"select__percent": ...}, "select: give either percent or count"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0 (found -1)"),
         ({"seed": 2**32}, "seed: Input should be less than 4294967296"),
-        ({"warmup": ...}, "recipe: train.method 'neft' needs the sections warmup and select"),
-        ({"select": ...}, "recipe: train.method 'neft' needs the sections warmup and select"),
+        ({"warmup": ...}, "recipe: train.method 'neft' needs the section warmup, unless"),
+        ({"select": ...}, "recipe: train.method 'neft' needs the section select"),
+        (
+            {"warmup": ..., "train__method": "mask"},
+            "recipe: train.method 'mask' needs the section warmup, unless",
+        ),
         (
             {"data__target_language": ...},
             "data: translation needs source_language and target_language",
@@ -369,3 +408,26 @@ def test_merged_mappings_give_way_to_own_keys(tmp_path: Path) -> None:
         "b": {"x": 1, "y": 2},
         "c": {"x": 1, "y": 3, "z": 3},
     }
+
+
+@pytest.mark.parametrize(
+    "select",
+    [{"percent": 9, "which": "random"}, {"neurons": "chosen.json"}],
+    ids=["random", "file"],
+)
+def test_neurons_that_need_no_scores_need_no_warmup(select: dict[str, Any]) -> None:
+    recipe = checked(Recipe, changed(warmup=..., select=select), "r.yaml")
+    assert recipe.select is not None
+    assert not recipe.select.needs_scores
+
+
+def test_the_warmup_has_the_data_and_seed_of_the_run_unless_it_has_its_own() -> None:
+    recipe = checked(Recipe, changed(seed=3), "r.yaml")
+    assert recipe.warmup is not None
+    assert recipe.warmup.data_of(recipe.data) == recipe.data
+    assert recipe.warmup.seed_of(recipe.seed) == 3
+    own = checked(Recipe, changed(warmup__train="other.jsonl", warmup__seed=0, seed=3), "r.yaml")
+    assert own.warmup is not None
+    assert own.warmup.data_of(own.data).train == "other.jsonl"
+    assert own.warmup.data_of(own.data).dev == own.data.dev
+    assert own.warmup.seed_of(own.seed) == 0

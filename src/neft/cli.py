@@ -199,7 +199,10 @@ def validate(
 
 @_command
 def status(
-    run: Annotated[Path, typer.Argument(help="The output folder of a run or comparison.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(help="The output folder of a run or comparison.", show_default=False),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show how far a run or a comparison has got."""

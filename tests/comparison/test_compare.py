@@ -1,4 +1,4 @@
-"""Comparisons of tiny models, whole: what they find, what they share, and that nothing stops them for good."""
+"""Whole comparisons of tiny models: what they find and share, and that nothing can stop them for good."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def selection_of(folder: Path, train: str) -> str:
 
 
 def test_whole_checkpoints_go_once_nothing_needs_them(finished) -> None:
-    folder, result, _ = finished
+    folder, _, _ = finished
     stages = folder / "compared" / "stages"
     assert not list(stages.glob("train-*/model"))
     assert len(list(stages.glob("train-*/adapter"))) == 7

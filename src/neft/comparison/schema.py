@@ -93,11 +93,11 @@ class Comparison(Section):
     """Methods side by side: on the same data, with the same budgets, tuned by the same rule."""
 
     output: str
-    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Seed, ...] = (0,)
     """The first tunes the learning rates; all of them train at the rate that is chosen."""
     model: ModelSection
     data: Settings = Field(default_factory=dict)
-    tasks: dict[str, TaskEntry] = Field(min_length=1)
+    tasks: dict[str, TaskEntry]
     warmup: Settings | None = None
     score: Settings = Field(default_factory=dict)
     train: Settings
@@ -109,13 +109,16 @@ class Comparison(Section):
     """The row against which differences are tested; default: the first."""
     significance: float = Field(default=0.05, gt=0, lt=1)
     """Level of the tests."""
-    methods: tuple[MethodEntry, ...] = Field(min_length=1)
+    methods: tuple[MethodEntry, ...]
     figures: tuple[FigureEntry, ...] = ()
     keep_models: bool = False
     """Keep the whole checkpoints of methods without an adapter once they are evaluated."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Comparison:
+        for place in ("seeds", "tasks", "methods"):
+            if not getattr(self, place):
+                raise ValueError(f"{place} should have at least one")
         rows = [entry.name for entry in self.methods]
         twice = sorted({name for name in rows if rows.count(name) > 1})
         if twice:

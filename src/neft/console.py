@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from neft.evaluation import Score
 from neft.pipeline.evaluate import PREDICTIONS, Evaluation
 from neft.pipeline.results import Results
 from neft.pipeline.run import duration
@@ -58,11 +59,12 @@ def show_results(results: Results, run: Path) -> None:
     )
     table.add_column("")
     table.add_column("base", justify="right")
-    table.add_column(
-        _METHOD_TITLES.get(results.method, results.method), justify="right", style="bold"
-    )
+    table.add_column(_METHOD_TITLES[results.method], justify="right", style="bold")
     for metric, score in results.trained.items():
-        table.add_row(metric, f"{results.base[metric].score:.1f}", f"{score.score:.1f}")
+        table.add_row(metric, _with_interval(results.base[metric]), _with_interval(score))
+    if results.base_general_loss is not None and results.trained_general_loss is not None:
+        losses = results.base_general_loss, results.trained_general_loss
+        table.add_row("loss on general text", *(f"{loss:.3f}" for loss in losses))
     table.add_section()
     table.add_row(
         "trained parameters",
@@ -94,14 +96,27 @@ def show_results(results: Results, run: Path) -> None:
     console.print(f"{Path(results.artifact).name}: {run / results.artifact}", soft_wrap=True)
 
 
-_METHOD_TITLES = {"neft": "NeFT", "full": "full fine-tuning"}
+def _with_interval(score: Score) -> str:
+    if score.low is None or score.high is None:
+        return f"{score.score:.1f}"
+    return f"{score.score:.1f} [{score.low:.1f}, {score.high:.1f}]"
+
+
+_METHOD_TITLES = {
+    "neft": "NeFT",
+    "full": "full fine-tuning",
+    "embed": "embeddings only",
+    "in_out": "up and down projections",
+    "lora": "LoRA",
+    "mask": "masked gradients",
+}
 
 
 def show_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """The scores of one model, and where its predictions are."""
     console = _stdout()
     for metric, score in evaluation.scores.items():
-        console.print(f"{metric} {score.score:.1f}  ({score.signature})", soft_wrap=True)
+        console.print(f"{metric} {_with_interval(score)}  ({score.signature})", soft_wrap=True)
     console.print(
         f"{evaluation.num_examples} test examples; predictions: {folder / PREDICTIONS}",
         soft_wrap=True,

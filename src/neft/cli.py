@@ -167,13 +167,13 @@ def compare(
         else:
             show_outline(outlines)
         return
-    from neft.comparison.results import as_json as results_as_json
+    from neft.comparison.results import plain
     from neft.comparison.run import compare
     from neft.console import say, show_comparison
 
     compared = compare(loaded, num_jobs=jobs, retry=retry, say=say)
     if as_json:
-        _print_json(results_as_json(compared.results))
+        _print_json({"tasks": plain(compared.results), "failures": compared.failures})
     else:
         show_comparison(compared)
     if compared.failures:
@@ -206,6 +206,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show how far a run or a comparison has got."""
+    from neft.comparison.results import plain
     from neft.comparison.status import is_comparison_folder, read_comparison_status
     from neft.console import show_comparison_status, show_status
     from neft.pipeline.status import read_status
@@ -213,7 +214,7 @@ def status(
     if is_comparison_folder(run):
         rows = read_comparison_status(run)
         if as_json:
-            _print_json([asdict(row) for row in rows])
+            _print_json(plain(rows))
         else:
             show_comparison_status(rows)
         return

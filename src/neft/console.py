@@ -132,6 +132,7 @@ def show_outline(outlines: Sequence[Outline]) -> None:
         table.add_column("method")
         for title in ("trained", "", "%", "memory", "runs"):
             table.add_column(title, justify="right")
+        table.add_column("rates")
         table.add_column("")
         for row in rows:
             table.add_row(
@@ -141,6 +142,7 @@ def show_outline(outlines: Sequence[Outline]) -> None:
                 f"{row.percent:.2f}",
                 size(row.num_bytes),
                 str(row.num_runs),
+                ", ".join(f"{rate:g}" for rate in row.rates),
                 row.note,
             )
         console.print(table)
@@ -183,7 +185,7 @@ def _comparison_row(row: RowResult, metrics: Sequence[str]) -> list[str | Text]:
     if not row.seeds or row.num_trainable is None:
         return [row.name, row.state, *["-"] * (len(metrics) + 4)]
     cells: list[str | Text] = [
-        row.name,
+        row.name if row.state == "done" else f"{row.name} ({row.state})",
         f"{row.num_trainable / 1e6:.1f}M",
         f"{row.rate:g}",
         f"{sum(seed.dev_loss for seed in row.seeds) / len(row.seeds):.3f}",
@@ -209,12 +211,15 @@ def show_comparison_status(rows: Sequence[RowStatus]) -> None:
             Text(row.state, style=_ROW_STYLES[row.state]),
             f"{row.num_done}/{row.num_seeds}",
             ", ".join(
-                f"{rate:g} {_loss(loss)}{'*' if rate == row.rate else ''}"
-                for rate, loss in row.rates.items()
+                f"{trial.rate:g} {_loss(trial.dev_loss)}{'*' if trial.rate == row.rate else ''}"
+                for trial in row.trials
             )
             or (f"{row.rate:g}*" if row.rate is not None else "-"),
         )
     _stdout().print(table)
+    for row in rows:
+        if row.failure is not None:
+            complain(f"{row.task}, {row.name}: {row.failure}")
 
 
 def _loss(loss: float | None) -> str:

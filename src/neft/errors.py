@@ -8,7 +8,8 @@
     │   ├── ArchitectureError    a model whose projections cannot be found
     │   ├── CheckpointError      a checkpoint that is missing, torn or does not match
     │   └── AdapterError         an adapter folder that is missing, torn or does not match
-    └── RunError             a run that broke down: non-finite loss, a stage that failed
+    └── RunError             a run that broke down: too little memory, a stage that failed
+        └── DivergenceError      a loss or gradient that is not finite
 
 Messages name the place, the value found there, and the remedy.
 """
@@ -52,3 +53,7 @@ class AdapterError(UsageError):
 
 class RunError(NeftError):
     """A run broke down."""
+
+
+class DivergenceError(RunError):
+    """A loss or gradient is not finite."""

@@ -41,6 +41,7 @@ Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32), _Number]
 Rate: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
 RateOrZero: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
 Percent: TypeAlias = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False), _Number]
+MethodName: TypeAlias = Literal["full", "embed", "in_out", "lora", "mask", "neft"]
 Task: TypeAlias = Literal["translation", "summarization", "classification", "prompt", "chat"]
 
 
@@ -312,7 +313,7 @@ class LoraSection(Section):
 class TrainSection(TrainingSection):
     """The run that is shipped (Algorithm 1, step 4), or a baseline of it."""
 
-    method: Literal["full", "embed", "in_out", "lora", "mask", "neft"] = "neft"
+    method: MethodName = "neft"
     """``full``: all parameters; ``embed``: the input embeddings; ``in_out``: the up and down
     projections; ``lora``; ``mask``: the chosen neurons by masked full gradients, the paper's way;
     ``neft``: the chosen neurons alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,12 @@ from typing import Any
 
 import pytest
 
+from neft.comparison.cells import Cells
+from neft.comparison.plan import Plan
+from neft.comparison.results import RowResult
 from neft.comparison.run import Compared, compare
 from neft.comparison.schema import load_comparison
+from neft.comparison.work import Workers
 from neft.errors import RecipeError
 from neft.neurons import NeuronSet
 from neft.pipeline.evaluate import read_evaluation
@@ -40,7 +45,8 @@ def found(folder: Path) -> Any:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds")}
+        times = ("seconds", "seconds_per_step", "finished")
+        return {k: without_times(v) for k, v in value.items() if k not in times}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
@@ -109,21 +115,16 @@ def test_numbers_are_those_of_the_folders(finished) -> None:
         assert row.metrics["chrF++"].spread == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
 
 
+def chosen(folder: Path, row: RowResult, seed: int = 0, stage: str = "select") -> NeuronSet:
+    return NeuronSet.load(folder / "compared" / row.seeds[seed].folders[stage] / "neurons.json")
+
+
 def test_seeds_draw_their_own_random_neurons_of_the_same_number(finished) -> None:
     folder, result, _ = finished
     neft, _, _, random = result.results[0].rows
-    sets = [
-        NeuronSet.load(folder / "compared" / seed.folders["train"] / ".." / name / "neurons.json")
-        for seed in (*random.seeds, neft.seeds[0])
-        for name in [selection_of(folder, seed.folders["train"])]
-    ]
-    assert len(sets[0]) == len(sets[1]) == len(sets[2])
-    assert sets[0] != sets[1]
-
-
-def selection_of(folder: Path, train: str) -> str:
-    record = json.loads((folder / "compared" / train / "stage.json").read_text())
-    return f"select-{record['reads']['select'][:16]}"
+    first, second = chosen(folder, random, 0), chosen(folder, random, 1)
+    assert len(first) == len(second) == len(chosen(folder, neft))
+    assert first != second
 
 
 def test_whole_checkpoints_go_once_nothing_needs_them(finished) -> None:
@@ -151,7 +152,11 @@ def test_results_say_where_they_come_from(finished) -> None:
     assert set(provenance) == {"model", "machine", "packages", "commit"}
     assert {"torch", "transformers", "peft", "sacrebleu"} <= set(provenance["packages"])
     (task,) = fields["tasks"]
+    assert set(task["data"]) == {"train", "dev", "test", "general"}
     assert all(value.startswith(".jsonl sha256:") for value in task["data"].values())
+    for made in [task["base_evaluated"], *(seed["trained"] for seed in task["rows"][0]["seeds"])]:
+        assert made["packages"]["torch"] == provenance["packages"]["torch"]
+        assert made["machine"] == provenance["machine"]
     assert "nrefs:1" in task["base"]["scores"]["BLEU"]["signature"]
 
 
@@ -193,44 +198,69 @@ def without_paths(tasks: Any) -> Any:
 
 
 def test_union_and_trans_take_neurons_from_elsewhere(tiny_comparison, tmp_path) -> None:
+    neft = {"method": "neft", "select": {"percent": 3}, "tasks": ["upper"]}
     methods = [
-        {"name": "neft", "method": "neft", "select": {"percent": 3}, "learning_rates": [1e-2]},
-        {
-            "name": "union",
-            "method": "neft",
-            "select": {"percent": 3},
-            "union_with": ["other"],
-            "tasks": ["upper"],
-            "rate_of": "neft",
-        },
-        {
+        # First, and with a grid of its own: nothing that it needs is there yet.
+        neft | {"name": "union", "union_with": ["lent"], "learning_rates": [1e-2, 2e-2]},
+        neft | {"name": "common", "intersection_with": ["lent"], "rate_of": "union"},
+        neft | {"name": "neft", "rate_of": "union"},
+        neft
+        | {
             "name": "trans",
-            "method": "neft",
-            "select": {"percent": 3},
             "warmup": {"train": str(tmp_path / "other.jsonl")},
-            "tasks": ["upper"],
-            "rate_of": "neft",
+            "rate_of": "union",
         },
     ]
-    tasks = {"upper": {}, "other": {"data": {"train": str(tmp_path / "other.jsonl")}}}
+    tasks = {"upper": {}, "lent": {"data": {"train": str(tmp_path / "other.jsonl")}}}
     result, _ = compared(tiny_comparison(tmp_path, methods=methods, tasks=tasks))
-    upper, other = result.results
-    sets = {
-        (row.task, row.name): NeuronSet.load(
-            tmp_path
-            / "compared"
-            / "stages"
-            / selection_of(tmp_path, row.seeds[0].folders["train"])
-            / "neurons.json"
-        )
-        for task in (upper, other)
-        for row in task.rows
-    }
-    assert sets["upper", "neft"] != sets["other", "neft"]
-    assert sets["upper", "union"] == sets["upper", "neft"] | sets["other", "neft"]
-    # The warm-up of task other is on the very data on which trans finds its neurons: it is shared.
-    assert sets["upper", "trans"] == sets["other", "neft"]
+    assert not result.failures
+    (upper,) = result.results
+    union, common, neft_row, trans = upper.rows
+    own, lent = chosen(tmp_path, neft_row), chosen(tmp_path, trans)
+    assert own != lent
+    assert chosen(tmp_path, union, stage="join") == own | lent
+    assert chosen(tmp_path, common, stage="join") == own & lent
+    assert union.num_trainable == (own | lent).num_parameters
+    # The warm-up of the task that lends is on the very data on which trans finds its neurons.
     assert stage_folders(tmp_path)["warmup"] == 2
+    assert trans.seeds[0].neurons_data != neft_row.seeds[0].neurons_data
+
+
+FULL = {"name": "full", "method": "full", "learning_rates": [1e-3, 2e-3]}
+
+
+def test_a_checkpoint_that_is_needed_again_is_made_again(tiny_comparison, tmp_path) -> None:
+    file = tiny_comparison(tmp_path, methods=[FULL])
+    first, _ = compared(file)
+    again, said = compared(file, "evaluate.max_new_tokens=3")
+    assert [line.partition(" ")[0] for line in done(said)] == ["baseline", "train", "evaluate"]
+    assert not again.failures
+    (before,), (after,) = first.results[0].rows[0].seeds, again.results[0].rows[0].seeds
+    assert before.dev_loss == after.dev_loss
+
+
+def test_rows_that_share_a_training_run_share_its_weights(tiny_comparison, tmp_path) -> None:
+    rates = FULL["learning_rates"]
+    methods = [
+        FULL,
+        *({"name": f"only {r}", "method": "full", "learning_rates": [r]} for r in rates),
+    ]
+    result, said = compared(tiny_comparison(tmp_path, methods=methods))
+    assert [row.state for row in result.results[0].rows] == ["done"] * 3
+    assert stage_folders(tmp_path)["train"] == 2
+    assert not [line for line in done(said) if done(said).count(line) > 1]
+
+
+def test_what_has_gone_is_made_again(tiny_comparison, tmp_path) -> None:
+    file = tiny_comparison(tmp_path, methods=[FULL | {"learning_rates": [1e-3]}])
+    compared(file)
+    before = found(tmp_path)
+    for stage in ("baseline", "train"):
+        (gone,) = (tmp_path / "compared" / "stages").glob(f"{stage}-*")
+        shutil.rmtree(gone)
+        _, said = compared(file)
+        assert [line.partition(" ")[0] for line in done(said)] == [stage]
+    assert found(tmp_path) == before
 
 
 def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_comparison, tmp_path) -> None:
@@ -276,25 +306,51 @@ def test_every_fault_is_found_before_the_first_cell(tiny_comparison, tmp_path) -
     assert not (tmp_path / "compared" / "stages").exists()
 
 
-def test_a_killed_worker_costs_its_cell_alone(tiny_comparison, tmp_path) -> None:
+def test_a_killed_worker_costs_its_row_alone(tiny_comparison, tmp_path) -> None:
     file = tiny_comparison(tmp_path)
-    ours = subprocess.Popen([*COMMAND, str(file), "--jobs", "2"], stderr=subprocess.PIPE, text=True)
+    ours = subprocess.Popen([*COMMAND, str(file)], stderr=subprocess.PIPE, text=True)
     assert ours.stderr is not None
+    said = ""
     for line in ours.stderr:
-        if "full" in line and "starts" in line:
+        said += line
+        if line.startswith("train of upper, full") and "starts" in line:
+            kill_workers(ours.pid)
             break
-    # The worker that was started last, in the middle of its imports.
-    children = subprocess.run(
-        ["pgrep", "-P", str(ours.pid), "-f", "spawn_main"], capture_output=True, text=True
-    )
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    said = ours.stderr.read()
+    said += ours.stderr.read()
     assert ours.wait(timeout=120) == 1
-    assert "its process was killed" in said
-    rows = found(tmp_path)[0]["rows"]
-    assert sorted(row["state"] for row in rows) == ["done", "done", "done", "failed"]
-    result, _ = compared(file, retry=True)
-    assert not result.failures
+    assert "train of upper, full, rate 0.001, seed 0: failed: its process was killed" in said
+    states = {row["name"]: row["state"] for row in found(tmp_path)[0]["rows"]}
+    # An accident decides nothing: the row is neither tuned among the other rates nor left out.
+    assert states == {"neft": "done", "full": "failed", "lora": "done", "random": "done"}
+    again, said_again = compared(file)
+    assert (len(again.failures), said_again) == (1, [])
+    retried, _ = compared(file, retry=True)
+    assert not retried.failures
+
+
+def kill_workers(parent: int) -> None:
+    listed = subprocess.run(
+        ["pgrep", "-P", str(parent), "-f", "spawn_main"], capture_output=True, text=True
+    )
+    for child in listed.stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_idle_is_replaced(tiny_comparison, tmp_path) -> None:
+    comparison = load_comparison(tiny_comparison(tmp_path))
+    cells = Cells(comparison)
+    baseline, warmup = Plan(cells).ready()[:2]
+    with Workers(1, tmp_path / "lock", None) as workers:
+        workers.start(baseline)
+        assert workers.next_outcome().failure is None
+        kill_workers(os.getpid())
+        workers.start(warmup)
+        outcome = workers.next_outcome()
+        if outcome.failure is not None:  # it was found dead only when the job was given to it
+            assert "killed" in outcome.failure.reason
+            workers.start(warmup)
+            assert workers.next_outcome().failure is None
+    assert cells.finished(warmup) is not None
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from neft.comparison.schema import NeuronFiles, load_comparison
+from neft.comparison.schema import load_comparison
 from neft.errors import RecipeError
 
 NEFT = {"name": "neft", "method": "neft", "select": {"percent": 9}, "learning_rates": [1e-2, 3e-2]}
 FULL = {"name": "full", "method": "full", "learning_rates": [1e-3]}
+
+NEFT_LIKE = {"name": "like", "method": "neft", "select": {"percent": 3}, "rate_of": "neft"}
 
 
 def faults(file: Path) -> list[str]:
@@ -46,19 +48,68 @@ def faults(file: Path) -> list[str]:
         ),
         (
             {"methods": [FULL | {"tasks": ["lower"]}]},
-            "recipe: method 'full': task names 'lower', which is none of upper",
+            "recipe: tasks.upper: no method is run on it; method 'full': task names 'lower', which",
+        ),
+        ({"methods": [FULL | {"tasks": []}]}, "methods.0: tasks is empty"),
+        (
+            {"methods": [FULL | {"select": {"percent": 9}}]},
+            "methods.0: method 'full' trains no chosen neurons: remove select and score",
+        ),
+        (
+            {"methods": [FULL | {"union_with": ["upper"]}]},
+            "methods.0: method 'full' trains no chosen neurons: remove union_with",
+        ),
+        (
+            {"methods": [FULL | {"method": "lora", "lora": {"rank": 2}, "select": {"percent": 9}}]},
+            "methods.0: method 'lora' trains no chosen neurons: remove select, or let lora match",
+        ),
+        (
+            {"methods": [NEFT | {"union_with": ["upper"]}]},
+            "recipe: method 'neft': runs on task 'upper', with whose neurons it would be joined",
+        ),
+        (
+            {
+                "tasks": {"upper": {}, "other": {}},
+                "methods": [FULL, NEFT | {"tasks": ["other"]}, NEFT_LIKE],
+            },
+            "recipe: method 'like': rate_of names 'neft', which is not run on upper",
+        ),
+        (
+            {"tasks": {"upper": {}, "other": {}}, "methods": [NEFT, FULL | {"tasks": ["other"]}]}
+            | {"reference": "full"},
+            "recipe: reference 'full' is not run on task 'upper'",
+        ),
+        (
+            {"train.learning_rate": 1e-3},
+            "recipe: train.learning_rate: belongs to a method, as learning_rates",
+        ),
+        (
+            {"methods": [FULL | {"train": {"method": "neft"}}]},
+            "recipe: method 'full': train.method: belongs to a method, as method",
+        ),
+        (
+            {"tasks": {"upper": {"train": {"lora": {"rank": 3}}}}},
+            "recipe: tasks.upper.train.lora: belongs to a method, as lora",
+        ),
+        (
+            {"figures": [{"file": "../f", "series": {"a": ["neft"]}}]},
+            "figures.0.file: String should match pattern",
+        ),
+        (
+            {"figures": [{"file": "f", "series": {"a": ["neft"]}}] * 2},
+            "recipe: two figures are named 'f'",
         ),
         (
             {"methods": [NEFT | {"union_with": ["lower"]}]},
             "recipe: method 'neft': task names 'lower', which is none of upper",
         ),
         ({"reference": "lora"}, "recipe: reference names 'lora', which is none of neft, full"),
-        ({"seeds": [1, 1]}, "recipe: a seed is given twice: [1, 1]"),
+        ({"seeds": [1, 1]}, "recipe: seed 1 is given twice"),
         ({"seeds": []}, "recipe: seeds should have at least one"),
         ({"tasks": {}}, "recipe: tasks should have at least one"),
         (
             {"tasks": {"upper": {}, "idle": {}}, "methods": [NEFT | {"tasks": ["upper"]}]},
-            "tasks.idle: no method is run on it",
+            "recipe: tasks.idle: no method is run on it",
         ),
         (
             {"figures": [{"file": "f", "series": {"a": ["lora"]}}]},
@@ -125,9 +176,13 @@ def test_random_neurons_follow_the_seed_unless_told_otherwise(tiny_comparison, t
     assert [select and select.seed for select in seeds] == [3, 5, 0]
 
 
-def test_sets_of_other_tasks_are_joined(tiny_comparison, tmp_path) -> None:
-    comparison = load_comparison(tiny_comparison(tmp_path))
-    sets = NeuronFiles(("a.json",), ("b.json",))
-    select = comparison.cell("upper", comparison.methods[0], 0, 1e-2, sets).select
-    assert select is not None
-    assert (select.union, select.intersection) == (("a.json",), ("b.json",))
+def test_what_lends_its_neurons_is_checked_too(tiny_comparison, tmp_path) -> None:
+    tasks = {"upper": {}, "lent": {"warmup": {"stepz": 3}}}
+    methods = [NEFT | {"union_with": ["lent"], "tasks": ["upper"]}]
+    (found,) = faults(tiny_comparison(tmp_path, tasks=tasks, methods=methods))
+    assert found == "warmup.stepz: unknown key (found 3) (task 'lent', method 'neft')"
+
+
+def test_all_faults_of_names_are_told_at_once(tiny_comparison, tmp_path) -> None:
+    (found,) = faults(tiny_comparison(tmp_path, seeds=[1, 1], reference="x", methods=[NEFT, NEFT]))
+    assert found.count(";") == 2

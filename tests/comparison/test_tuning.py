@@ -7,7 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
-from neft.comparison.tuning import Trial, best, is_at_edge, trials
+from neft.comparison import tuning
+from neft.comparison.tuning import Trial, best, is_at_edge
+
+
+def trials(
+    grid: list[float], widen: int, dev_loss: Callable[[float], float | None]
+) -> tuple[Trial, ...]:
+    return tuning.trials(grid, widen, lambda rate: Trial(rate, dev_loss(rate)))
 
 
 def tried(grid: list[float], widen: int, dev_loss: Callable[[float], float | None]) -> list[float]:

@@ -8,20 +8,22 @@ comparison can be killed at any moment, and goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from neft.comparison.schema import Comparison, MethodEntry, NeuronFiles
+from neft.comparison.schema import Comparison, MethodEntry
 from neft.files import write_json
-from neft.pipeline.run import planned_records
+from neft.neurons import NeuronSet
+from neft.pipeline.stage import Stage
 from neft.pipeline.stages import NEURONS, stages_of
-from neft.pipeline.store import Record, StageFolder, State
+from neft.pipeline.store import Record, StageFolder, State, record_of
 from neft.recipe import Recipe
 
 _DIGITS = 16
+_OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ class Job:
     """For which it is done first; others may share it."""
     recipe: Mapping[str, Any]
     """The cell's, as plain values."""
+    joined: Join | None
+    """For the stage ``join``."""
     record: Record
     """What it will have made."""
     folder: Path
-    inputs: Mapping[str, Path]
-    """The finished folder of each stage that it reads."""
+    inputs: Mapping[str, Job]
+    """Name under which the stage reads it -> the job that makes it."""
 
     def __str__(self) -> str:
         if self.stage == "baseline":
@@ -58,6 +62,41 @@ class Job:
         if self.stage in ("warmup", "score"):
             return f"{self.stage} for {self.cell.task}"
         return f"{self.stage} of {self.cell}"
+
+
+@dataclass(frozen=True)
+class Join:
+    """Neurons of other tasks that join a cell's own, chosen in the same way."""
+
+    union: tuple[str, ...]
+    """Tasks whose neurons are added (NeFT_Union)."""
+    intersection: tuple[str, ...]
+    """Tasks in whose choice a neuron must be too, to stay."""
+
+    def stage(self) -> Stage:
+        """The stage that reads all choices and leaves one."""
+
+        def run(working: Path, inputs: Mapping[str, Path]) -> None:
+            chosen = {name: NeuronSet.load(folder / NEURONS) for name, folder in inputs.items()}
+            joined = chosen[_OWN]
+            for task in self.union:
+                joined |= chosen[task]
+            for task in self.intersection:
+                joined &= chosen[task]
+            joined.save(working / NEURONS)
+
+        ingredients = {"union": list(self.union), "intersection": list(self.intersection)}
+        reads = (_OWN, *self.union, *self.intersection)
+        return Stage("join", 1, ingredients, reads, run, derived=True)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job failed."""
+
+    reason: str
+    is_divergence: bool
+    """Whether training broke down of itself, and would again; otherwise it was an accident."""
 
 
 class Cells:
@@ -71,44 +110,18 @@ class Cells:
         self.comparison = comparison
         self.output = Path(comparison.output).expanduser()
         self._stages = self.output / "stages"
+        self._failures = self.output / "failures"
         self._done: dict[Path, Record] = {}
-        self._jobs = cache(self._make_jobs)
-        self.recipe = cache(self._recipe)
+        self.recipe: Callable[[Cell], Recipe] = cache(self._recipe)
+        self.jobs: Callable[[Cell], Mapping[str, Job]] = cache(self._jobs)
+
+    # --- what is done -----------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Bring to an end what a killed worker was about to publish; only while no worker runs."""
         for working in self._stages.glob(".*.partial"):
             name = working.name.removeprefix(".").removesuffix(".partial")
             StageFolder(self._stages / name).settle()
-
-    def job(self, cell: Cell, stage: str) -> Job | None:
-        """A stage of a cell; ``None`` as long as it depends on neurons of other tasks to come."""
-        jobs = self._jobs(cell) if self._missing_set(cell) is None else None
-        return None if jobs is None else jobs[stage]
-
-    def ready(self, cell: Cell, stage: str) -> list[Job]:
-        """What can be started now towards a stage of a cell; nothing if it is done."""
-        other = self._missing_set(cell)
-        if other is not None:
-            return self.ready(other, "select")
-        return self._ready(self._jobs(cell), stage)
-
-    def _ready(self, jobs: Mapping[str, Job], stage: str) -> list[Job]:
-        job = jobs[stage]
-        if self.finished(job) is not None:
-            return []
-        needed = [name for name in job.inputs if not self._can_be_read(jobs[name])]
-        return [found for name in needed for found in self._unless_readable(jobs, name)] or [job]
-
-    def _unless_readable(self, jobs: Mapping[str, Job], stage: str) -> list[Job]:
-        released = self.finished(jobs[stage])
-        if released is not None and released.released:
-            return [jobs[stage]]
-        return self._ready(jobs, stage)
-
-    def _can_be_read(self, job: Job) -> bool:
-        record = self.finished(job)
-        return record is not None and not record.released
 
     def finished(self, job: Job) -> Record | None:
         """The record of a job, if it is done."""
@@ -124,36 +137,52 @@ class Cells:
         """Look at a job's folder again when asked next."""
         self._done.pop(job.folder, None)
 
-    def release(self, cell: Cell) -> None:
-        """Delete the whole checkpoint of a cell that is not needed any more; adapters stay."""
-        job = self._jobs(cell)["train"]
-        if self.finished(job) is not None and (job.folder / "model").is_dir():
-            StageFolder(job.folder).release("model")
-            self.forget(job)
+    def is_evaluated(self, cell: Cell) -> bool:
+        """Whether all is there that results are made of."""
+        jobs = self.jobs(cell)
+        return all(self.finished(jobs[name]) for name in ("baseline", "train", "evaluate"))
+
+    def ready(self, job: Job) -> list[Job]:
+        """What can be started now towards a job; nothing if it is done."""
+        return [] if self.finished(job) else list(self._towards(job))
+
+    def _towards(self, job: Job) -> Iterator[Job]:
+        missing = [needed for needed in job.inputs.values() if not self._is_readable(needed)]
+        if not missing:
+            yield job
+        for needed in missing:
+            yield from self._towards(needed)
+
+    def _is_readable(self, job: Job) -> bool:
+        record = self.finished(job)
+        return record is not None and not record.released
+
+    def release(self, train: Job) -> None:
+        """Delete the whole checkpoint of a training run that nothing needs; adapters stay."""
+        if self.finished(train) is not None and (train.folder / "model").is_dir():
+            StageFolder(train.folder).release("model")
+            self.forget(train)
 
     # --- failures ---------------------------------------------------------------------------------
 
-    def failure(self, cell: Cell, stage: str) -> str | None:
-        """Why a stage of a cell, or one that it needs, failed earlier."""
-        other = self._missing_set(cell)
-        if other is not None:
-            return self.failure(other, "select")
-        jobs = self._jobs(cell)
-        pending = [stage]
-        while pending:
-            job = jobs[pending.pop()]
-            if self.finished(job) is not None:
-                continue
-            file = self._failure_file(job)
-            if file.is_file():
-                reason: str = json.loads(file.read_text(encoding="utf-8"))["reason"]
-                return reason if job.stage == stage else f"{job.stage}: {reason}"
-            pending += job.inputs
+    def failure(self, job: Job) -> Failure | None:
+        """Why a job that is not done, or one that it needs, failed earlier."""
+        return None if self.finished(job) else self._failure(job)
+
+    def _failure(self, job: Job) -> Failure | None:
+        file = self._failure_file(job)
+        if file.is_file():
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            return Failure(fields["reason"], fields["is_divergence"])
+        for needed in job.inputs.values():
+            if not self._is_readable(needed) and (found := self._failure(needed)) is not None:
+                return Failure(f"{needed}: {found.reason}", is_divergence=False)
         return None
 
-    def note_failure(self, job: Job, reason: str) -> None:
+    def note_failure(self, job: Job, failure: Failure) -> None:
         """Remember that a job failed, so that it is not tried again unasked."""
-        write_json(self._failure_file(job), {"job": str(job), "reason": reason})
+        fields = {"job": str(job), "reason": failure.reason, "is_divergence": failure.is_divergence}
+        write_json(self._failure_file(job), fields)
 
     def forget_failures(self) -> None:
         """Let everything that failed be tried again."""
@@ -163,82 +192,70 @@ class Cells:
     def _failure_file(self, job: Job) -> Path:
         return self._failures / f"{job.folder.name}.json"
 
-    @property
-    def _failures(self) -> Path:
-        return self.output / "failures"
-
     # --- making jobs ------------------------------------------------------------------------------
 
     def _entry(self, cell: Cell) -> MethodEntry:
         return self.comparison.row(cell.row)
 
-    def _missing_set(self, cell: Cell) -> Cell | None:
-        """A cell of another task whose neurons this one joins, and that has not chosen them yet."""
-        for task in self._entry(cell).other_tasks:
-            other = Cell(task, cell.row, cell.seed, cell.rate)
-            if self.finished(self._own_jobs(other)["select"]) is None:
-                return other
-        return None
-
     def _recipe(self, cell: Cell) -> Recipe:
-        return self.comparison.cell(
-            cell.task, self._entry(cell), cell.seed, cell.rate, self._sets(cell)
-        )
+        return self.comparison.cell(cell.task, self._entry(cell), cell.seed, cell.rate)
 
-    def _sets(self, cell: Cell) -> NeuronFiles | None:
-        entry = self._entry(cell)
-        if not entry.other_tasks:
-            return None
-
-        def file(task: str) -> str:
-            other = Cell(task, cell.row, cell.seed, cell.rate)
-            return str(self._own_jobs(other)["select"].folder / NEURONS)
-
-        return NeuronFiles(
-            tuple(map(file, entry.union_with)), tuple(map(file, entry.intersection_with))
-        )
-
-    def _own_jobs(self, cell: Cell) -> Mapping[str, Job]:
-        """Jobs of a cell as if it joined no neurons of other tasks."""
-        return self._jobs(cell, alone=True)
-
-    def _make_jobs(self, cell: Cell, *, alone: bool = False) -> Mapping[str, Job]:
-        recipe = (
-            self.comparison.cell(cell.task, self._entry(cell), cell.seed, cell.rate)
-            if alone
-            else self.recipe(cell)
-        )
-        stages = [stage for stage in stages_of(recipe) if stage.name != "prepare"]
-        records = planned_records(stages)
-        folders = {
-            name: self._stages / f"{name}-{record.fingerprint[:_DIGITS]}"
-            for name, record in records.items()
-        }
+    def _jobs(self, cell: Cell) -> Mapping[str, Job]:
+        """Stage -> its job, of all stages of a cell."""
+        recipe = self.recipe(cell)
         fields = recipe.model_dump(mode="json")
-        return {
-            stage.name: Job(
-                stage.name,
-                cell,
-                fields,
-                records[stage.name],
-                folders[stage.name],
-                {name: folders[name] for name in stage.reads},
-            )
-            for stage in stages
-        }
+        entry = self._entry(cell)
+        jobs: dict[str, Job] = {}
+        for stage in stages_of(recipe):
+            if stage.name == "prepare":
+                continue
+            inputs = {name: jobs[name] for name in stage.reads}
+            if stage.name == "train" and entry.other_tasks:
+                inputs["select"] = jobs["join"] = self._join(cell, entry, fields, inputs["select"])
+            jobs[stage.name] = self._job(cell, fields, stage, inputs)
+        return jobs
+
+    def _join(self, cell: Cell, entry: MethodEntry, fields: Mapping[str, Any], own: Job) -> Job:
+        join = Join(entry.union_with, entry.intersection_with)
+        inputs = {_OWN: own}
+        for task in entry.other_tasks:
+            inputs[task] = self._selection(Cell(task, cell.row, cell.seed, cell.rate))
+        return self._job(cell, fields, join.stage(), inputs, join)
+
+    def _selection(self, cell: Cell) -> Job:
+        """The choice of a cell's own neurons."""
+        recipe = self.recipe(cell)
+        fields = recipe.model_dump(mode="json")
+        jobs: dict[str, Job] = {}
+        for stage in stages_of(recipe):
+            if stage.name in ("warmup", "score", "select"):
+                inputs = {name: jobs[name] for name in stage.reads}
+                jobs[stage.name] = self._job(cell, fields, stage, inputs)
+        return jobs["select"]
+
+    def _job(
+        self,
+        cell: Cell,
+        fields: Mapping[str, Any],
+        stage: Stage,
+        inputs: Mapping[str, Job],
+        join: Join | None = None,
+    ) -> Job:
+        record = record_of(stage, {name: job.record.fingerprint for name, job in inputs.items()})
+        folder = self._stages / f"{stage.name}-{record.fingerprint[:_DIGITS]}"
+        return Job(stage.name, cell, fields, join, record, folder, inputs)
 
 
-def dev_loss(cells: Cells, cell: Cell) -> float | None:
-    """The lowest development loss of a cell's training, if that is done."""
-    job = cells.job(cell, "train")
-    if job is None or cells.finished(job) is None:
-        return None
-    loss: float = read_training(job.folder)["best_dev_loss"]
-    return loss
+def stage_of(job: Job) -> Stage:
+    """The stage that a job stands for, from the recipe as the files are now."""
+    if job.joined is not None:
+        return job.joined.stage()
+    recipe = Recipe.model_validate(job.recipe)
+    return next(stage for stage in stages_of(recipe) if stage.name == job.stage)
 
 
-@cache
-def read_training(folder: Path) -> dict[str, Any]:
+def read_training(train: Job) -> dict[str, Any]:
     """What a finished training run recorded."""
-    fields: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    text = (train.folder / "training.json").read_text(encoding="utf-8")
+    fields: dict[str, Any] = json.loads(text)
     return fields

@@ -11,7 +11,7 @@ from neft.errors import UsageError
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.pipeline.stages import needs_neurons
 from neft.projections import as_module
-from neft.recipe import ModelSection, Recipe
+from neft.recipe import ModelSection
 from neft.sft.counting import memory_bytes, num_trainable
 
 if TYPE_CHECKING:
@@ -34,19 +34,20 @@ class Outline:
     """Training runs: one for each rate of the grid, and for each further seed."""
     note: str
     """What decides the row's size: neurons, rank."""
+    rates: tuple[float, ...]
+    """The grid of learning rates; empty where the row takes another's."""
 
 
 def outline(comparison: Comparison) -> list[Outline]:
     """Every row of every task, in order; reads no weights and no data.
 
+    Where neurons of other tasks join, which of them are the same is not known yet: they are left out.
+
     Raises:
         UsageError: a configuration that cannot be read, or budgets that the model cannot hold.
     """
     network = network_of(comparison.model)
-    return [
-        _outline(comparison, network, task, entry, recipe)
-        for task, entry, recipe in comparison.first_cells()
-    ]
+    return [_outline(comparison, network, task, entry) for task, entry in comparison.first_cells()]
 
 
 def network_of(model: ModelSection) -> nn.Module:
@@ -64,16 +65,17 @@ def network_of(model: ModelSection) -> nn.Module:
     return as_module(folder if folder.is_dir() else model.path)
 
 
-def _outline(
-    comparison: Comparison, network: nn.Module, task: str, entry: MethodEntry, recipe: Recipe
-) -> Outline:
+def _outline(comparison: Comparison, network: nn.Module, task: str, entry: MethodEntry) -> Outline:
+    recipe = comparison.first_recipe(task, entry)
     train, neurons, note = recipe.train, None, ""
     if needs_neurons(recipe):
         assert recipe.select is not None
         chosen = choose(unscored(network, recipe), recipe.select)
         neurons, note = chosen.num_parameters, f"{len(chosen):,} neurons"
-        if entry.other_tasks:
-            note += ", and those of " + ", ".join(entry.other_tasks)
+        if entry.union_with:
+            note += ", joined with those of " + ", ".join(entry.union_with)
+        if entry.intersection_with:
+            note += ", as far as " + ", ".join(entry.intersection_with) + " chose them too"
     if train.lora is not None:
         lora = with_rank(train.lora, network, recipe)
         train, note = train.model_copy(update={"lora": lora}), f"rank {lora.rank}"
@@ -91,4 +93,5 @@ def _outline(
         memory_bytes(network, train, trained, recipe.model.dtype),
         num_runs,
         note,
+        entry.learning_rates or (),
     )

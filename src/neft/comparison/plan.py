@@ -2,7 +2,7 @@
 
 Every rate of a row's grid is trained with the first seed (see ``tuning``). All seeds train at the rate
 with the lowest development loss, and only those cells are evaluated on the test split. A rate at which
-training broke down loses to all others.
+training broke down loses to all others; any other failure fails the row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
+from pathlib import Path
 
-from neft.comparison.cells import Cell, Cells, Job, dev_loss
+from neft.comparison.cells import Cell, Cells, Job, read_training
 from neft.comparison.schema import MethodEntry
 from neft.comparison.tuning import Trial, best, is_at_edge, trials
 
@@ -44,6 +45,8 @@ class Row:
     cells: tuple[Cell, ...]
     """What is evaluated: one for each seed, once the rate is chosen."""
     failure: str | None
+    """Why it cannot be tuned, or why a cell cannot be evaluated."""
+    state: RowState
 
     @property
     def name(self) -> str:
@@ -66,29 +69,11 @@ class Plan:
             for entry in self._comparison.rows_of(task)
         ]
 
-    def state(self, row: Row) -> RowState:
-        """How far a row has got; failed only when nothing of it can go on."""
-        if row.failure is not None:
-            return RowState.FAILED
-        if row.rate is None:
-            return RowState.TUNING
-        is_open = [cell for cell in row.cells if self._is_open(cell, "evaluate")]
-        if is_open:
-            return RowState.TRAINING
-        failed = any(self.failure(cell) for cell in row.cells)
-        return RowState.FAILED if failed else RowState.DONE
-
-    def failure(self, cell: Cell) -> str | None:
-        """Why a cell cannot be evaluated."""
-        return self._cells.failure(cell, "evaluate")
-
     def ready(self) -> list[Job]:
         """Jobs that can start now, each once, in the order of the comparison."""
-        found: dict[object, Job] = {}
-        for cell, stage in self._wanted():
-            if not self._is_open(cell, stage):
-                continue
-            for job in self._cells.ready(cell, stage):
+        found: dict[Path, Job] = {}
+        for wanted in self._wanted():
+            for job in self._cells.ready(wanted):
                 found.setdefault(job.folder, job)
         return list(found.values())
 
@@ -96,52 +81,53 @@ class Plan:
         """Trainings and evaluations that are still to be done, those included that must wait."""
         waiting: list[tuple[Cell, str]] = []
         for row in self.rows():
-            if row.failure is not None:
-                continue
-            if row.rate is None:
+            if row.state is RowState.TUNING:
                 waiting += [(cell, "train") for cell in self._open_trials(row)]
-                # Whatever rate wins, all seeds are evaluated at it, and all but the first trained.
+                # Whatever rate wins, all seeds are evaluated at it, and all but a tuned first trained.
                 stand_in = self._comparison.rates_of(row.entry)[0]
-                for seed in self._comparison.seeds:
+                for number, seed in enumerate(self._comparison.seeds):
                     cell = Cell(row.task, row.name, seed, stand_in)
-                    if row.entry.rate_of or seed != self._comparison.seeds[0]:
-                        waiting.append((cell, "train"))
-                    waiting.append((cell, "evaluate"))
+                    is_trial = number == 0 and row.entry.rate_of is None
+                    waiting += [(cell, "evaluate")] if is_trial else _whole(cell)
             for cell in row.cells:
-                waiting += [(cell, s) for s in ("train", "evaluate") if self._is_open(cell, s)]
+                jobs = self._cells.jobs(cell)
+                waiting += [found for found in _whole(cell) if self._is_open(jobs[found[1]])]
         return waiting
 
-    def spent(self) -> Iterator[Cell]:
-        """Cells whose weights nothing needs any more: rates that lost, and cells that are evaluated."""
+    def spent(self) -> list[Job]:
+        """Trainings whose weights nothing needs any more: rates that lost, cells that are evaluated."""
+        done: dict[Path, Job] = {}
+        needed: set[Path] = set()
         for row in self.rows():
-            if row.rate is None:
-                continue
-            for trial in row.trials:
-                if trial.rate != row.rate and trial.dev_loss not in (None, math.inf):
-                    yield self._trial_cell(row.task, row.entry, trial.rate)
-            for cell in row.cells:
-                job = self._cells.job(cell, "evaluate")
-                if job is not None and self._cells.finished(job) is not None:
-                    yield cell
+            tried = [self._trial_cell(row.task, row.entry, trial.rate) for trial in row.trials]
+            for cell in (*tried, *row.cells):
+                train = self._cells.jobs(cell)["train"]
+                done[train.folder] = train
+                is_chosen = row.rate is None or cell in row.cells
+                if is_chosen and not self._cells.is_evaluated(cell):
+                    needed.add(train.folder)
+        return [job for folder, job in done.items() if folder not in needed]
 
     # ----------------------------------------------------------------------------------------------
 
-    def _wanted(self) -> Iterator[tuple[Cell, str]]:
+    def _wanted(self) -> Iterator[Job]:
         """What is to be done: a whole table of the first seed before the next seed begins."""
-        rows = [row for row in self.rows() if row.failure is None]
-        for row in rows:
-            if row.rate is None:
-                yield from ((cell, "train") for cell in self._open_trials(row))
-            yield from ((cell, "evaluate") for cell in row.cells[:1])
-        for cells in zip_longest(*(row.cells[1:] for row in rows)):
-            yield from ((cell, "evaluate") for cell in cells if cell is not None)
+        rows = self.rows()
+        first = [cell for row in rows for cell in (*self._open_trials(row), *row.cells[:1])]
+        later = zip_longest(*(row.cells[1:] for row in rows))
+        for cell in [*first, *(cell for cells in later for cell in cells if cell is not None)]:
+            jobs = self._cells.jobs(cell)
+            is_trial = not any(cell in row.cells for row in rows)
+            for name in ("train",) if is_trial else ("baseline", "train", "evaluate"):
+                if self._is_open(jobs[name]):
+                    yield jobs[name]
 
-    def _is_open(self, cell: Cell, stage: str) -> bool:
-        job = self._cells.job(cell, stage)
-        is_done = job is not None and self._cells.finished(job) is not None
-        return not is_done and self._cells.failure(cell, stage) is None
+    def _is_open(self, job: Job) -> bool:
+        return self._cells.finished(job) is None and self._cells.failure(job) is None
 
     def _open_trials(self, row: Row) -> list[Cell]:
+        if row.state is RowState.FAILED:
+            return []
         return [
             self._trial_cell(row.task, row.entry, trial.rate)
             for trial in row.trials
@@ -152,32 +138,49 @@ class Plan:
         own = entry if entry.rate_of is None else self._comparison.row(entry.rate_of)
         assert own.learning_rates is not None
         tried = trials(
-            own.learning_rates, self._comparison.widen, lambda rate: self._dev_loss(task, own, rate)
+            own.learning_rates, self._comparison.widen, lambda rate: self._attempt(task, own, rate)
         )
-        chosen, failure = best(tried), None
-        if chosen is not None and chosen.dev_loss == math.inf:
-            failure = self._cells.failure(self._trial_cell(task, own, chosen.rate), "train")
-            chosen = None
-        rate = None if chosen is None else chosen.rate
-        seeds = () if rate is None else self._comparison.seeds
+        accident = next((t.failure for t in tried if t.failure and t.dev_loss is None), None)
+        chosen = best(tried)
+        if chosen is None or chosen.dev_loss == math.inf:
+            failure = accident or (chosen.failure if chosen is not None else None)
+            state = RowState.TUNING if failure is None else RowState.FAILED
+            return Row(task, entry, tried if own is entry else (), None, False, (), failure, state)
+        cells = tuple(Cell(task, entry.name, seed, chosen.rate) for seed in self._comparison.seeds)
+        failure, state = self._progress(cells)
+        at_edge = is_at_edge(tried, chosen.rate)
         return Row(
-            task,
-            entry,
-            tried if own is entry else (),
-            rate,
-            rate is not None and is_at_edge(tried, rate),
-            tuple(Cell(task, entry.name, seed, rate) for seed in seeds if rate is not None),
-            failure,
+            task, entry, tried if own is entry else (), chosen.rate, at_edge, cells, failure, state
         )
 
-    def _dev_loss(self, task: str, entry: MethodEntry, rate: float) -> float | None:
-        cell = self._trial_cell(task, entry, rate)
-        if self._cells.failure(cell, "train") is not None:
-            return math.inf
-        return dev_loss(self._cells, cell)
+    def _progress(self, cells: tuple[Cell, ...]) -> tuple[str | None, RowState]:
+        """The first failure of cells at a rate that is chosen, and how far they have got."""
+        failures = [
+            failure.reason
+            for cell in cells
+            if not self._cells.is_evaluated(cell)
+            and (failure := self._cells.failure(self._cells.jobs(cell)["evaluate"])) is not None
+        ]
+        num_ended = len(failures) + sum(map(self._cells.is_evaluated, cells))
+        if num_ended < len(cells):
+            return next(iter(failures), None), RowState.TRAINING
+        return next(iter(failures), None), RowState.FAILED if failures else RowState.DONE
+
+    def _attempt(self, task: str, entry: MethodEntry, rate: float) -> Trial:
+        job = self._cells.jobs(self._trial_cell(task, entry, rate))["train"]
+        if self._cells.finished(job) is not None:
+            return Trial(rate, read_training(job)["best_dev_loss"])
+        failure = self._cells.failure(job)
+        if failure is None:
+            return Trial(rate, None)
+        return Trial(rate, math.inf if failure.is_divergence else None, failure.reason)
 
     def _trial_cell(self, task: str, entry: MethodEntry, rate: float) -> Cell:
         return Cell(task, entry.name, self._comparison.seeds[0], rate)
+
+
+def _whole(cell: Cell) -> list[tuple[Cell, str]]:
+    return [(cell, "train"), (cell, "evaluate")]
 
 
 class Forecast:
@@ -187,6 +190,14 @@ class Forecast:
         self._cells = cells
         self._plan = plan
         self._seconds: dict[tuple[str, str], list[float]] = {}
+        for row in plan.rows():
+            for cell in row.cells:
+                for name in ("train", "evaluate"):
+                    job = cells.jobs(cell)[name]
+                    record = cells.finished(job)
+                    # Of a job that was resumed, the record has the time of the last part alone.
+                    if record is not None and record.attempts == 1:
+                        self.note(job, record.seconds)
 
     def note(self, job: Job, seconds: float) -> None:
         """A job took this long."""

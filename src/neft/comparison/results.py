@@ -5,14 +5,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from neft.comparison.cells import Cell, Cells, read_training
+from neft.comparison.differences import Differences
 from neft.comparison.plan import Plan, Row, RowState
 from neft.comparison.tuning import Trial
-from neft.evaluation import Paired, Score, significance
-from neft.pipeline.evaluate import PREDICTIONS, Evaluation, read_evaluation, read_predictions
+from neft.evaluation import Paired, Score
+from neft.pipeline.evaluate import Evaluation, read_evaluation
+from neft.pipeline.store import Record
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made a number."""
+
+    finished: str | None
+    """When, in UTC."""
+    packages: Mapping[str, str]
+    commit: str | None
+    machine: Mapping[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -29,8 +42,10 @@ class SeedResult:
     num_trainable: int
     folders: Mapping[str, str]
     """Stage -> its folder, relative to the comparison's output."""
-    packages: Mapping[str, str]
-    commit: str | None
+    neurons_data: Mapping[str, str]
+    """Split -> identity of the content on which the neurons were found; empty without a warm-up."""
+    trained: Provenance
+    evaluated: Provenance
 
 
 @dataclass(frozen=True)
@@ -41,11 +56,13 @@ class Summary:
     spread: float | None
     """Standard deviation over seeds (n - 1); ``None`` for a single seed."""
     difference: float | None
-    """To the reference row."""
+    """Of the mean to that of the reference row."""
     p_value: float | None
-    """Of that difference."""
+    """Of that difference, over the choice of test examples."""
+    test_signature: str | None
+    """How that was tested."""
     is_best: bool
-    """The highest mean of its task, and significantly above every other row."""
+    """The highest mean of its task, and significantly above every other complete row."""
 
 
 @dataclass(frozen=True)
@@ -82,96 +99,103 @@ class TaskResult:
     num_examples: int
     """Of the test split."""
     base: Evaluation
+    base_evaluated: Provenance
     num_parameters: int
     """Of the base model."""
     data: Mapping[str, str]
-    """Split -> identity of its content."""
+    """Split, or ``general`` text -> identity of its content."""
     rows: tuple[RowResult, ...]
 
 
 def collect(cells: Cells, plan: Plan) -> list[TaskResult]:
     """Everything that is finished; tasks without a single evaluated cell are left out."""
-    comparison = cells.comparison
     rows = plan.rows()
     found = []
-    for task in comparison.tasks:
+    for task in cells.comparison.tasks:
         of_task = [row for row in rows if row.task == task]
-        seeds = {row.name: _seed_results(cells, row) for row in of_task}
-        evaluated = [(row, seeds[row.name]) for row in of_task if seeds[row.name]]
-        if evaluated:
-            found.append(_task_result(cells, plan, task, of_task, seeds))
+        if any(cells.is_evaluated(cell) for row in of_task for cell in row.cells):
+            found.append(_task_result(cells, task, of_task))
     return found
 
 
-def _task_result(
-    cells: Cells,
-    plan: Plan,
-    task: str,
-    rows: Sequence[Row],
-    seeds: Mapping[str, tuple[SeedResult, ...]],
-) -> TaskResult:
-    cell = next(row.cells[0] for row in rows if seeds[row.name])
-    baseline, train = cells.job(cell, "baseline"), cells.job(cell, "train")
-    assert baseline is not None
-    assert train is not None
-    base = read_evaluation(baseline.folder)
-    metrics = _metrics(cells, task, rows, seeds, list(base.scores))
+def _task_result(cells: Cells, task: str, rows: Sequence[Row]) -> TaskResult:
+    evaluated = {row.name: [c for c in row.cells if cells.is_evaluated(c)] for row in rows}
+    jobs = cells.jobs(next(cell for found in evaluated.values() for cell in found))
+    base = read_evaluation(jobs["baseline"].folder)
+    seeds = {
+        name: tuple(_seed_result(cells, cell) for cell in found)
+        for name, found in evaluated.items()
+    }
+    metrics = _metrics(cells, rows, seeds, list(base.scores))
     return TaskResult(
-        task,
-        base.num_examples,
-        base,
-        read_training(train.folder)["num_parameters"],
-        {
-            split: (train if split != "test" else baseline).record.ingredients[f"data.{split}"]
-            for split in ("train", "dev", "test")
-        },
-        tuple(
+        task=task,
+        num_examples=base.num_examples,
+        base=base,
+        base_evaluated=_provenance(_record(cells, jobs["baseline"])),
+        num_parameters=read_training(jobs["train"])["num_parameters"],
+        data=_data(_record(cells, jobs["train"]), ("train", "dev"))
+        | _data(_record(cells, jobs["baseline"]), ("test",))
+        | _general_text(_record(cells, jobs["baseline"])),
+        rows=tuple(
             RowResult(
-                task,
-                row.name,
-                row.entry.method,
-                plan.state(row),
-                row.failure or next(filter(None, map(plan.failure, row.cells)), None),
-                row.trials,
-                row.rate,
-                row.entry.rate_of,
-                row.at_edge,
-                seeds[row.name],
-                metrics.get(row.name, {}),
-                _forgetting(base, seeds[row.name]),
+                task=task,
+                name=row.name,
+                method=row.entry.method,
+                state=row.state,
+                failure=row.failure,
+                trials=row.trials,
+                rate=row.rate,
+                rate_of=row.entry.rate_of,
+                rate_at_edge=row.at_edge,
+                seeds=seeds[row.name],
+                metrics=metrics.get(row.name, {}),
+                forgetting=_forgetting(base, seeds[row.name]),
             )
             for row in rows
         ),
     )
 
 
-def _seed_results(cells: Cells, row: Row) -> tuple[SeedResult, ...]:
-    return tuple(result for cell in row.cells if (result := _seed_result(cells, cell)) is not None)
-
-
-def _seed_result(cells: Cells, cell: Cell) -> SeedResult | None:
-    job = cells.job(cell, "evaluate")
-    record = None if job is None else cells.finished(job)
-    if job is None or record is None:
-        return None
-    evaluation = read_evaluation(job.folder)
-    training = read_training(job.inputs["train"])
+def _seed_result(cells: Cells, cell: Cell) -> SeedResult:
+    jobs = cells.jobs(cell)
+    evaluation = read_evaluation(jobs["evaluate"].folder)
+    training = read_training(jobs["train"])
+    warmup = jobs.get("warmup")
     return SeedResult(
-        cell.seed,
-        evaluation.scores,
-        evaluation.general_loss,
-        training["best_dev_loss"],
-        training["best_step"],
-        training["num_steps"],
-        training["seconds_per_step"],
-        training["num_trainable"],
-        {
-            stage: str(folder.relative_to(cells.output))
-            for stage, folder in {**job.inputs, "evaluate": job.folder}.items()
+        seed=cell.seed,
+        scores=evaluation.scores,
+        general_loss=evaluation.general_loss,
+        dev_loss=training["best_dev_loss"],
+        best_step=training["best_step"],
+        num_steps=training["num_steps"],
+        seconds_per_step=training["seconds_per_step"],
+        num_trainable=training["num_trainable"],
+        folders={
+            name: job.folder.relative_to(cells.output).as_posix() for name, job in jobs.items()
         },
-        record.packages,
-        record.commit,
+        neurons_data={} if warmup is None else _data(warmup.record, ("train", "dev")),
+        trained=_provenance(_record(cells, jobs["train"])),
+        evaluated=_provenance(_record(cells, jobs["evaluate"])),
     )
+
+
+def _record(cells: Cells, job: Any) -> Record:
+    record = cells.finished(job)
+    assert record is not None, job
+    return record
+
+
+def _provenance(record: Record) -> Provenance:
+    return Provenance(record.finished, record.packages, record.commit, record.machine)
+
+
+def _data(record: Record, splits: Sequence[str]) -> dict[str, str]:
+    return {split: record.ingredients[f"data.{split}"] for split in splits}
+
+
+def _general_text(record: Record) -> dict[str, str]:
+    general = record.ingredients.get("evaluate.general")
+    return {} if general is None else {"general": general["text"]}
 
 
 def _forgetting(base: Evaluation, seeds: Sequence[SeedResult]) -> float | None:
@@ -183,82 +207,51 @@ def _forgetting(base: Evaluation, seeds: Sequence[SeedResult]) -> float | None:
 
 def _metrics(
     cells: Cells,
-    task: str,
     rows: Sequence[Row],
     seeds: Mapping[str, tuple[SeedResult, ...]],
     metrics: Sequence[str],
 ) -> dict[str, dict[str, Summary]]:
-    """Row -> metric -> its summary."""
-    texts = {
-        row.name: _predictions(cells, row)
-        for row in rows
-        if row.cells and len(seeds[row.name]) == len(row.cells)
-    }
-    found: dict[str, dict[str, Summary]] = {row.name: {} for row in rows if seeds[row.name]}
+    """Row -> metric -> its summary, of the rows with results."""
+    complete = {row.name: row.cells for row in rows if row.state is RowState.DONE}
+    differences = Differences(cells, complete)
+    found: dict[str, dict[str, Summary]] = {name: {} for name, results in seeds.items() if results}
+    reference = cells.comparison.reference_row
     for metric in metrics:
-        means = {
-            name: statistics.fmean(result.scores[metric].score for result in seeds[name])
-            for name in found
-        }
-        to_reference = _tests(cells, task, metric, texts, cells.comparison.reference_row)
-        best = max(texts, key=means.__getitem__, default=None)
-        to_best = {} if best is None else _tests(cells, task, metric, texts, best)
-        level = cells.comparison.significance
-        stands_out = bool(to_best) and all(pair.p_value < level for pair in to_best.values())
-        for name, mean in means.items():
-            values = [result.scores[metric].score for result in seeds[name]]
-            paired = to_reference.get(name)
+        values = {name: [result.scores[metric].score for result in seeds[name]] for name in found}
+        means = {name: statistics.fmean(scores) for name, scores in values.items()}
+        tests = differences.from_baseline(metric, reference)
+        best = _stands_out(differences, metric, means, complete, cells.comparison.significance)
+        for name, scores in values.items():
+            test: Paired | None = tests.get(name)
             found[name][metric] = Summary(
-                mean,
-                statistics.stdev(values) if len(values) > 1 else None,
-                None if paired is None else paired.difference,
-                None if paired is None else paired.p_value,
-                name == best and stands_out,
+                mean=means[name],
+                spread=statistics.stdev(scores) if len(scores) > 1 else None,
+                difference=None if test is None else means[name] - means[reference],
+                p_value=None if test is None else test.p_value,
+                test_signature=None if test is None else test.signature,
+                is_best=name == best,
             )
     return found
 
 
-def _predictions(cells: Cells, row: Row) -> tuple[list[str], list[str]]:
-    """Predictions and references of all seeds, one seed after the other."""
-    predictions: list[str] = []
-    references: list[str] = []
-    for cell in row.cells:
-        job = cells.job(cell, "evaluate")
-        assert job is not None
-        for line in read_predictions(job.folder / PREDICTIONS):
-            predictions.append(line.prediction)
-            references.append(line.reference)
-    return predictions, references
-
-
-def _tests(
-    cells: Cells,
-    task: str,
+def _stands_out(
+    differences: Differences,
     metric: str,
-    texts: Mapping[str, tuple[list[str], list[str]]],
-    baseline: str,
-) -> Mapping[str, Paired]:
-    """Each row against ``baseline``; none if that has no results."""
-    if baseline not in texts:
-        return {}
-    recipe = cells.recipe(next(c for r in Plan(cells).rows() if r.task == task for c in r.cells))
-    return significance(
-        metric,
-        {name: predictions for name, (predictions, _) in texts.items()},
-        texts[baseline][1],
-        baseline,
-        target_language=recipe.data.target_language,
-        lowercase=recipe.evaluate.lowercase,
-        labels=recipe.data.labels,
-        num_runs=len(cells.comparison.seeds),
-    )
+    means: Mapping[str, float],
+    complete: Mapping[str, object],
+    level: float,
+) -> str | None:
+    """The complete row with the highest mean, if it is significantly above every other."""
+    if len(complete) < 2:
+        return None
+    best = max(complete, key=means.__getitem__)
+    tests = differences.from_baseline(metric, best).values()
+    return best if all(test.p_value < level for test in tests) else None
 
 
-def as_json(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
-    """As plain JSON values; an infinite development loss (training failed) becomes null."""
-    from dataclasses import asdict
-
-    return [_finite(asdict(result)) for result in results]
+def plain(value: Any) -> Any:
+    """Results as JSON values: a loss that is infinite, where training failed, becomes ``null``."""
+    return _finite([asdict(item) for item in value])
 
 
 def _finite(value: Any) -> Any:
@@ -270,8 +263,3 @@ def _finite(value: Any) -> Any:
         case float() if not math.isfinite(value):
             return None
     return value
-
-
-def is_complete(results: Sequence[TaskResult]) -> bool:
-    """Whether nothing failed and nothing is left to do."""
-    return all(row.state == RowState.DONE for result in results for row in result.rows)

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from neft.comparison.cells import Cells, Job
-from neft.comparison.plan import Forecast, Plan, RowState
-from neft.comparison.results import TaskResult, as_json, collect
+from neft.comparison.plan import Forecast, Plan, Row
+from neft.comparison.results import TaskResult, collect, plain
 from neft.comparison.schema import Comparison
 from neft.comparison.table import draw_figures, markdown
-from neft.comparison.work import Workers
+from neft.comparison.work import Workers, no_workers
 from neft.errors import RecipeError, UsageError
+from neft.evaluation import METRICS_OF_TASK
 from neft.files import write_json, write_text
 from neft.pipeline.identity import model_identity
 from neft.pipeline.prepare import check_data, check_method
 from neft.pipeline.provenance import machine, package_versions, source_commit
 from neft.pipeline.run import LOCK, Say, duration
 from neft.pipeline.store import locked
+from neft.recipe import Recipe
 
 RECIPE = "comparison.yaml"
 RESULTS = "results.json"
 TABLE = "results.md"
+_WORKERS_LOCK = ".workers.lock"
 
 
 @dataclass(frozen=True)
@@ -60,16 +67,24 @@ def compare(
     """
     cells = Cells(comparison)
     plan = Plan(cells)
-    with locked(cells.output / LOCK):
-        cells.settle()
+    with locked(cells.output / LOCK), _interrupted_by_sigterm():
+        with no_workers(cells.output / _WORKERS_LOCK):
+            cells.settle()
         if retry:
             cells.forget_failures()
-        if plan.ready():
+        if _is_open(plan):
             say("checking data, model and budgets of all cells")
             check(comparison)
         write_text(cells.output / RECIPE, _as_yaml(comparison))
         _work_off(cells, plan, num_jobs, say)
         return _publish(cells, plan)
+
+
+def _is_open(plan: Plan) -> bool:
+    try:
+        return bool(plan.ready())
+    except UsageError:
+        return True  # a file that has gone, say: the check tells where it is wanted
 
 
 def check(comparison: Comparison) -> None:
@@ -79,31 +94,44 @@ def check(comparison: Comparison) -> None:
         RecipeError: lists what is wrong, with the first cell where it is.
     """
     faults: dict[str, str] = {}
-    seen: set[str] = set()
-    for task, entry, recipe in comparison.first_cells():
-        for what, key in (
+    seen: set[tuple[object, str]] = set()
+    for task, entry in chain(comparison.first_cells(), comparison.lent_cells()):
+        recipe = comparison.first_recipe(task, entry)
+        for what, about in (
             (check_data, f"{recipe.data} {recipe.warmup} {recipe.evaluate}"),
             (check_method, f"{recipe.train} {recipe.select} {recipe.score} {recipe.warmup}"),
         ):
-            if key in seen:
+            if (what, about) in seen:
                 continue
-            seen.add(key)
+            seen.add((what, about))
             try:
                 what(recipe)
             except UsageError as error:
                 faults.setdefault(str(error), f"task {task!r}, method {entry.name!r}")
+        for fault in _faults_of_figures(comparison, recipe):
+            faults.setdefault(fault, f"task {task!r}")
     if faults:
         lines = "\n".join(f"  {place}: {fault}" for fault, place in faults.items())
         raise RecipeError(f"Nothing has been run; some cells cannot:\n{lines}")
 
 
+def _faults_of_figures(comparison: Comparison, recipe: Recipe) -> Iterator[str]:
+    metrics = METRICS_OF_TASK[recipe.data.task]
+    for figure in comparison.figures:
+        if figure.metric is not None and figure.metric not in metrics:
+            yield (
+                f"figure {figure.file!r}: metric {figure.metric!r} is none of this task's: "
+                f"{', '.join(metrics)}"
+            )
+
+
 def _work_off(cells: Cells, plan: Plan, num_jobs: int, say: Say) -> None:
     forecast = Forecast(cells, plan)
     logs = cells.output / "logs" if num_jobs > 1 else None
-    num_done = 0
-    with Workers(num_jobs, logs) as workers:
+    with Workers(num_jobs, cells.output / _WORKERS_LOCK, logs) as workers:
         while True:
             running = {job.folder for job in workers.running}
+            _release(cells, plan)
             for job in plan.ready():
                 if workers.num_idle and job.folder not in running:
                     say(f"{job}: {'continues' if _was_begun(job) else 'starts'}")
@@ -113,27 +141,45 @@ def _work_off(cells: Cells, plan: Plan, num_jobs: int, say: Say) -> None:
                 return
             outcome = workers.next_outcome()
             job = outcome.job
+            cells.forget(job)
             if outcome.failure is not None:
                 cells.note_failure(job, outcome.failure)
-                say(f"{job}: failed: {outcome.failure}")
+                say(f"{job}: failed: {outcome.failure.reason}")
                 continue
-            num_done += 1
             forecast.note(job, outcome.seconds)
-            if not cells.comparison.keep_models:
-                for cell in plan.spent():
-                    cells.release(cell)
-            say(f"{job}: done, in {duration(outcome.seconds)}{_left(forecast, num_jobs)}")
+            say(f"{job}: done, in {duration(outcome.seconds)}{_left(forecast, plan, num_jobs)}")
+
+
+def _release(cells: Cells, plan: Plan) -> None:
+    if not cells.comparison.keep_models:
+        for train in plan.spent():
+            cells.release(train)
 
 
 def _was_begun(job: Job) -> bool:
     return job.folder.with_name(f".{job.folder.name}.partial").exists()
 
 
-def _left(forecast: Forecast, num_jobs: int) -> str:
-    seconds = forecast.seconds_left(num_jobs)
-    if seconds is None or not seconds:
+def _left(forecast: Forecast, plan: Plan, num_jobs: int) -> str:
+    num_open = len(plan.open())
+    if not num_open:
         return ""
-    return f"; about {duration(math.ceil(seconds))} left"
+    seconds = forecast.seconds_left(num_jobs)
+    about = "" if seconds is None else f", about {duration(math.ceil(seconds))}"
+    return f"; left: {num_open} trainings and evaluations{about}"
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a comparison as Ctrl-C does: workers keep what they have done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _publish(cells: Cells, plan: Plan) -> Compared:
@@ -144,24 +190,24 @@ def _publish(cells: Cells, plan: Plan) -> Compared:
         "packages": package_versions(),
         "commit": source_commit(),
     }
-    failures = [
-        f"{row.task}, {row.name}: {row.failure or next(filter(None, map(plan.failure, row.cells)))}"
-        for row in plan.rows()
-        if plan.state(row) is RowState.FAILED
-    ]
+    failures = [_failure_line(row) for row in plan.rows() if row.failure is not None]
     write_json(
         cells.output / RESULTS,
         {
             "comparison": cells.comparison.model_dump(mode="json"),
             "provenance": provenance,
-            "tasks": as_json(results),
+            "tasks": plain(results),
             "failures": failures,
         },
     )
     table = cells.output / TABLE
-    write_text(table, markdown(cells.comparison, results, provenance))
+    write_text(table, markdown(cells.comparison, results, failures, provenance))
     figures = draw_figures(cells.comparison, results, cells.output)
     return Compared(results, failures, table, figures)
+
+
+def _failure_line(row: Row) -> str:
+    return f"{row.task}, {row.name}: {row.failure}"
 
 
 def _as_yaml(comparison: Comparison) -> str:

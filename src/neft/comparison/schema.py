@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from neft.errors import RecipeError
 from neft.recipe import (
     CountOrZero,
+    MethodName,
     ModelSection,
     Rate,
     Recipe,
@@ -44,7 +45,7 @@ class MethodEntry(Section):
 
     name: str
     """In tables and figures; unique."""
-    method: Literal["full", "embed", "in_out", "lora", "mask", "neft"]
+    method: MethodName
     learning_rates: tuple[Rate, ...] | None = None
     """Rates to try, ascending; give these or ``rate_of``."""
     rate_of: str | None = None
@@ -69,6 +70,22 @@ class MethodEntry(Section):
         rates = self.learning_rates
         if rates is not None and (not rates or list(rates) != sorted(set(rates))):
             raise ValueError("learning_rates should be one or more, ascending and different")
+        if self.tasks is not None and not self.tasks:
+            raise ValueError("tasks is empty; leave it out to run on all")
+        return self
+
+    @model_validator(mode="after")
+    def _takes_its_settings(self) -> MethodEntry:
+        if self.method in ("neft", "mask"):
+            return self
+        named = f"method {self.method!r} trains no chosen neurons"
+        if self.other_tasks:
+            raise ValueError(f"{named}: remove union_with and intersection_with")
+        if self.method == "lora":
+            if self.select is not None and not (self.lora or {}).get("match"):
+                raise ValueError(f"{named}: remove select, or let lora match its budget")
+        elif self.select is not None or self.score:
+            raise ValueError(f"{named}: remove select and score")
         return self
 
     @property
@@ -80,7 +97,7 @@ class MethodEntry(Section):
 class FigureEntry(Section):
     """A figure beside the table: a metric against the number of trained parameters."""
 
-    file: str
+    file: str = Field(pattern=r"^[\w-][\w.-]*$")
     """Its name without suffix; PNG and SVG are written."""
     series: dict[str, tuple[str, ...]] = Field(min_length=1)
     """Name in the legend -> rows, in order of their size."""
@@ -115,30 +132,69 @@ class Comparison(Section):
     """Keep the whole checkpoints of methods without an adapter once they are evaluated."""
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> Comparison:
+    def _fits_together(self) -> Comparison:
+        faults = [*self._faults_of_names(), *self._faults_of_methods(), *self._faults_of_figures()]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _faults_of_names(self) -> Iterator[str]:
         for place in ("seeds", "tasks", "methods"):
             if not getattr(self, place):
-                raise ValueError(f"{place} should have at least one")
+                yield f"{place} should have at least one"
         rows = [entry.name for entry in self.methods]
-        twice = sorted({name for name in rows if rows.count(name) > 1})
-        if twice:
-            raise ValueError(f"two methods are named {twice[0]!r}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"a seed is given twice: {list(self.seeds)}")
-        _known(self.reference, rows, "reference")
+        yield from (f"two methods are named {name!r}" for name in _repeated(rows))
+        yield from (f"seed {seed} is given twice" for seed in _repeated(self.seeds))
+        if self.reference is not None and self.reference not in rows:
+            yield f"reference names {self.reference!r}, which is none of {', '.join(rows)}"
+        lenders = {task for entry in self.methods for task in entry.other_tasks}
+        for task in self.tasks:
+            names = [entry.name for entry in self.rows_of(task)]
+            if not names and task not in lenders:
+                yield f"tasks.{task}: no method is run on it"
+            elif names and self.reference in rows and self.reference not in names:
+                yield f"reference {self.reference!r} is not run on task {task!r}"
+        for place, section in (
+            ("train", self.train),
+            *((f"tasks.{name}.train", task.train) for name, task in self.tasks.items()),
+        ):
+            yield from _faults_of_train(place, section)
+
+    def _faults_of_methods(self) -> Iterator[str]:
+        rows = {entry.name: entry for entry in self.methods}
         for entry in self.methods:
-            _known(entry.rate_of, rows, f"method {entry.name!r}: rate_of")
-            for task in (*(entry.tasks or ()), *entry.other_tasks):
-                _known(task, list(self.tasks), f"method {entry.name!r}: task")
-            if entry.rate_of is not None and self.row(entry.rate_of).learning_rates is None:
-                raise ValueError(
-                    f"method {entry.name!r}: rate_of names {entry.rate_of!r}, which has no "
-                    "learning_rates of its own"
+            place = f"method {entry.name!r}"
+            yield from _faults_of_train(f"{place}: train", entry.train)
+            tasks = self.tasks if entry.tasks is None else entry.tasks
+            for task in (*tasks, *entry.other_tasks):
+                if task not in self.tasks:
+                    yield f"{place}: task names {task!r}, which is none of {', '.join(self.tasks)}"
+            both = [task for task in tasks if task in entry.other_tasks]
+            if both:
+                yield f"{place}: runs on task {both[0]!r}, with whose neurons it would be joined"
+            if entry.warmup and self.warmup is None:
+                yield f"{place}: has settings for a warmup, but the comparison has no section warmup"
+            if entry.rate_of is None:
+                continue
+            lender = rows.get(entry.rate_of)
+            if lender is None:
+                yield f"{place}: rate_of names {entry.rate_of!r}, which is none of {', '.join(rows)}"
+            elif lender.learning_rates is None:
+                yield f"{place}: rate_of names {entry.rate_of!r}, which has no learning_rates itself"
+            elif lender.tasks is not None and (missing := set(tasks) - set(lender.tasks)):
+                yield (
+                    f"{place}: rate_of names {entry.rate_of!r}, which is not run on "
+                    f"{', '.join(sorted(missing))}"
                 )
+
+    def _faults_of_figures(self) -> Iterator[str]:
+        rows = [entry.name for entry in self.methods]
+        files = [figure.file for figure in self.figures]
+        yield from (f"two figures are named {name!r}" for name in _repeated(files))
         for figure in self.figures:
             for name in (name for series in figure.series.values() for name in series):
-                _known(name, rows, f"figure {figure.file!r}")
-        return self
+                if name not in rows:
+                    yield f"figure {figure.file!r} names {name!r}, which is none of {', '.join(rows)}"
 
     @property
     def reference_row(self) -> str:
@@ -153,34 +209,30 @@ class Comparison(Section):
         """The rows of a task, in order."""
         return [entry for entry in self.methods if entry.tasks is None or task in entry.tasks]
 
-    def cell(
-        self, task: str, entry: MethodEntry, seed: int, rate: float, sets: NeuronFiles | None = None
-    ) -> Recipe:
-        """The recipe of one training run.
+    def rates_of(self, entry: MethodEntry) -> tuple[float, ...]:
+        """The grid of a row, its own or that of the row whose rate it takes."""
+        own = self.row(entry.rate_of) if entry.rate_of is not None else entry
+        assert own.learning_rates is not None
+        return own.learning_rates
+
+    def cell(self, task: str, entry: MethodEntry, seed: int, rate: float) -> Recipe:
+        """The recipe of one training run; a row that joins neurons of other tasks does so besides.
 
         Args:
             task: a key of ``tasks``.
             entry: the row.
             seed: one of ``seeds``.
             rate: the learning rate.
-            sets: files of the neurons of other tasks, where the row joins them.
 
         Raises:
             RecipeError: lists every fault.
         """
         where = f"task {task!r}, method {entry.name!r}"
-        return checked(Recipe, self._fields(task, entry, seed, rate, sets), where)
+        return checked(Recipe, self.fields_of(task, entry, seed, rate), where)
 
-    def _fields(
-        self, task: str, entry: MethodEntry, seed: int, rate: float, sets: NeuronFiles | None
-    ) -> Settings:
+    def fields_of(self, task: str, entry: MethodEntry, seed: int, rate: float) -> Settings:
+        """The fields of that recipe, unchecked."""
         over = self.tasks[task]
-        select = dict(entry.select) if entry.select is not None else None
-        if select is not None and select.get("which") == "random":
-            # Each seed draws its own neurons.
-            select.setdefault("seed", seed)
-        if select is not None and sets is not None:
-            select |= {"union": sets.union, "intersection": sets.intersection}
         train = self.train | over.train | entry.train
         train |= {"method": entry.method, "learning_rate": rate}
         if entry.lora is not None:
@@ -196,34 +248,43 @@ class Comparison(Section):
         }
         if self.warmup is not None:
             fields["warmup"] = self.warmup | over.warmup | entry.warmup
-        if select is not None:
+        if entry.select is not None:
+            select = dict(entry.select)
+            if select.get("which") == "random":
+                # Each seed draws its own neurons.
+                select.setdefault("seed", seed)
             fields["select"] = select
         return fields
 
-    def first_cells(self) -> Iterator[tuple[str, MethodEntry, Recipe]]:
-        """The first cell of each row of each task: what is checked before anything runs."""
+    def first_cells(self) -> Iterator[tuple[str, MethodEntry]]:
+        """The task and row of the first cell of each row of each task, in order."""
         for task in self.tasks:
             for entry in self.rows_of(task):
-                yield task, entry, self.cell(task, entry, self.seeds[0], self.rates_of(entry)[0])
+                yield task, entry
 
-    def rates_of(self, entry: MethodEntry) -> tuple[float, ...]:
-        """The grid of a row, its own or that of the row whose rate it takes."""
-        own = self.row(entry.rate_of) if entry.rate_of is not None else entry
-        assert own.learning_rates is not None
-        return own.learning_rates
+    def lent_cells(self) -> Iterator[tuple[str, MethodEntry]]:
+        """The task and row by which neurons are chosen that rows of other tasks join."""
+        for entry in self.methods:
+            for task in dict.fromkeys(entry.other_tasks):
+                yield task, entry
 
-
-@dataclass(frozen=True)
-class NeuronFiles:
-    """Where the neuron sets of other tasks lie."""
-
-    union: tuple[str, ...]
-    intersection: tuple[str, ...]
+    def first_recipe(self, task: str, entry: MethodEntry) -> Recipe:
+        """The recipe of the first cell of a row; errors as of ``cell``."""
+        return self.cell(task, entry, self.seeds[0], self.rates_of(entry)[0])
 
 
-def _known(name: str | None, names: Sequence[str], where: str) -> None:
-    if name is not None and name not in names:
-        raise ValueError(f"{where} names {name!r}, which is none of {', '.join(names)}")
+def _repeated(values: Sequence[Any]) -> list[Any]:
+    return sorted({value for value in values if values.count(value) > 1})
+
+
+def _faults_of_train(place: str, section: Settings) -> Iterator[str]:
+    """Settings that each method has for itself, and that would be overwritten."""
+    for key in ("method", "learning_rate", "lora"):
+        if key in section:
+            yield f"{place}.{key}: belongs to a method, as {_OF_METHOD[key]}"
+
+
+_OF_METHOD = {"method": "method", "learning_rate": "learning_rates", "lora": "lora"}
 
 
 def is_comparison(fields: Mapping[str, Any]) -> bool:
@@ -247,15 +308,11 @@ def load_comparison(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     comparison = checked(Comparison, fields, str(path))
     # Cells share their sections, so that one fault is in many; each is told once, with its first cell.
     places: dict[str, str] = {}
-    lenders = {task for entry in comparison.methods for task in entry.other_tasks}
-    for task in comparison.tasks:
-        if not comparison.rows_of(task) and task not in lenders:
-            places[f"tasks.{task}: no method is run on it"] = ""
-        for entry in comparison.rows_of(task):
-            rate = comparison.rates_of(entry)[0]
-            cell = comparison._fields(task, entry, comparison.seeds[0], rate, None)
-            for fault in faults_of(Recipe, cell):
-                places.setdefault(fault, f" (task {task!r}, method {entry.name!r})")
+    for task, entry in chain(comparison.first_cells(), comparison.lent_cells()):
+        rate = comparison.rates_of(entry)[0]
+        cell = comparison.fields_of(task, entry, comparison.seeds[0], rate)
+        for fault in faults_of(Recipe, cell):
+            places.setdefault(fault, f" (task {task!r}, method {entry.name!r})")
     if places:
         raise refused(str(path), [f"{fault}{place}" for fault, place in places.items()])
     return comparison

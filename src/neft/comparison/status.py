@@ -9,6 +9,7 @@ from neft.comparison.cells import Cells
 from neft.comparison.plan import Plan, Row
 from neft.comparison.run import RECIPE
 from neft.comparison.schema import load_comparison
+from neft.comparison.tuning import Trial
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,14 @@ class RowStatus:
     name: str
     state: str
     """``tuning``, ``training`` (its rate is chosen), ``done`` or ``failed``."""
-    rates: dict[float, float | None]
-    """Rate that is tried -> development loss; ``None`` while it is to be done, infinite if it failed."""
+    trials: tuple[Trial, ...]
+    """Of its own grid; none where it takes another row's rate."""
     rate: float | None
     """The rate that was chosen."""
     num_done: int
     """Seeds that are trained and evaluated."""
     num_seeds: int
+    failure: str | None
 
 
 def is_comparison_folder(folder: Path) -> bool:
@@ -41,18 +43,17 @@ def read_comparison_status(folder: Path) -> list[RowStatus]:
     """
     comparison = load_comparison(folder / RECIPE).model_copy(update={"output": str(folder)})
     cells = Cells(comparison)
-    plan = Plan(cells)
-    return [_status(cells, plan, row) for row in plan.rows()]
+    return [_status(cells, row) for row in Plan(cells).rows()]
 
 
-def _status(cells: Cells, plan: Plan, row: Row) -> RowStatus:
-    jobs = [cells.job(cell, "evaluate") for cell in row.cells]
+def _status(cells: Cells, row: Row) -> RowStatus:
     return RowStatus(
         row.task,
         row.name,
-        plan.state(row),
-        {trial.rate: trial.dev_loss for trial in row.trials},
+        row.state,
+        row.trials,
         row.rate,
-        sum(job is not None and cells.finished(job) is not None for job in jobs),
+        sum(map(cells.is_evaluated, row.cells)),
         len(cells.comparison.seeds),
+        row.failure,
     )

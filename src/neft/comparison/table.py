@@ -13,10 +13,15 @@ from neft.report.figures import Panel, Point, draw_scores
 
 
 def markdown(
-    comparison: Comparison, results: Sequence[TaskResult], provenance: Mapping[str, Any]
+    comparison: Comparison,
+    results: Sequence[TaskResult],
+    failures: Sequence[str],
+    provenance: Mapping[str, Any],
 ) -> str:
     """One table a task, the learning rates that were tried, and what the numbers came from."""
     parts = [_task_table(comparison, result) for result in results]
+    if failures:
+        parts.append("\n".join(["## Failures", "", *(f"- {_one_line(line)}" for line in failures)]))
     return "\n\n".join([*parts, _provenance(comparison, provenance)]) + "\n"
 
 
@@ -38,8 +43,9 @@ def _task_table(comparison: Comparison, result: TaskResult) -> str:
             f"## {result.task}",
             "",
             f"{result.num_examples} test examples. {_seeds(comparison)} Reference: "
-            f"{comparison.reference_row}. Bold: significantly above every other row "
-            f"(p < {comparison.significance:g}).",
+            f"{comparison.reference_row}; p: {_test(result, metrics[0])}, over the choice of test "
+            "examples, not of seeds. Bold: above every other complete row at "
+            f"p < {comparison.significance:g}.",
             "",
             *("| " + " | ".join(cells) + " |" for cells in lines),
             "",
@@ -49,6 +55,15 @@ def _task_table(comparison: Comparison, result: TaskResult) -> str:
             *_rates(result),
         ]
     )
+
+
+def _test(result: TaskResult, metric: str) -> str:
+    signatures = [
+        row.metrics[metric].test_signature
+        for row in result.rows
+        if metric in row.metrics and row.metrics[metric].test_signature
+    ]
+    return f"paired approximate randomization (`{signatures[0]}`)" if signatures else "not tested"
 
 
 def _seeds(comparison: Comparison) -> str:
@@ -71,7 +86,7 @@ def _row(
     if not row.seeds:
         why = row.failure or "not finished"
         return [
-            row.name,
+            _name(row),
             *["-"] * 3,
             f"{row.state}: {_one_line(why)}",
             *["-"] * (len(metrics) + 2),
@@ -80,7 +95,7 @@ def _row(
     assert row.num_trainable is not None
     losses = [seed.dev_loss for seed in row.seeds]
     cells = [
-        row.name if row.state == RowState.DONE else f"{row.name} ({row.state})",
+        _name(row),
         f"{row.num_trainable:,}",
         f"{100 * row.num_trainable / result.num_parameters:.2f}",
         f"{row.rate:g}" + ("†" if row.rate_at_edge else "") + ("‡" if row.rate_of else ""),
@@ -102,6 +117,14 @@ def _row(
         cells.append("-" if row.forgetting is None else f"{row.forgetting:+.3f}")
     times = [seed.seconds_per_step for seed in row.seeds]
     return [*cells, f"{sum(times) / len(times):.2f}"]
+
+
+def _name(row: RowResult) -> str:
+    """The row's name, with what is missing of it."""
+    name = _one_line(row.name)
+    if row.state == RowState.DONE or not row.seeds:
+        return name
+    return f"{name} ({row.state}, {len(row.seeds)} seed{'s' * (len(row.seeds) > 1)})"
 
 
 def _one_line(text: str) -> str:
@@ -160,24 +183,21 @@ def draw_figures(comparison: Comparison, results: Sequence[TaskResult], folder: 
     """Every figure of a comparison that has at least one finished point."""
     drawn: list[Path] = []
     for entry in comparison.figures:
-        panels = [panel for result in results if (panel := _panel(entry, result)) is not None]
+        panels = [_panel(entry, result) for result in results]
+        panels = [panel for panel in panels if any(panel.series.values())]
         if panels:
-            metric = entry.metric or next(iter(results[0].base.scores))
-            drawn += draw_scores(folder / entry.file, panels, metric, entry.title)
+            drawn += draw_scores(folder / entry.file, panels, entry.title)
     return drawn
 
 
-def _panel(entry: FigureEntry, result: TaskResult) -> Panel | None:
+def _panel(entry: FigureEntry, result: TaskResult) -> Panel:
     metric = entry.metric or next(iter(result.base.scores))
     rows = {row.name: row for row in result.rows if metric in row.metrics}
     series = {
         name: [_point(rows[row], metric) for row in members if row in rows]
         for name, members in entry.series.items()
     }
-    series = {name: points for name, points in series.items() if points}
-    if not series:
-        return None
-    return Panel(result.task, series, result.base.scores[metric].score)
+    return Panel(result.task, metric, series, result.base.scores[metric].score)
 
 
 def _point(row: RowResult, metric: str) -> Point:

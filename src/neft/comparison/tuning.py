@@ -17,26 +17,25 @@ class Trial:
 
     rate: float
     dev_loss: float | None
-    """``None`` while it is to be done, infinite where training failed."""
+    """``None`` while it is to be done, infinite where training broke down."""
+    failure: str | None = None
+    """Why it broke down."""
 
 
 def trials(
-    grid: Sequence[float], widen: int, dev_loss: Callable[[float], float | None]
+    grid: Sequence[float], widen: int, attempt: Callable[[float], Trial]
 ) -> tuple[Trial, ...]:
     """The rates to try, as far as the losses so far tell; ascending.
 
     Args:
         grid: one or more rates, ascending. A single one is left as it is.
         widen: how many rates may be added in all.
-        dev_loss: the development loss at a rate; ``None`` while it is not known.
+        attempt: how far the trial of a rate has got.
     """
-    rates = list(grid)
-    while True:
-        tried = tuple(Trial(rate, dev_loss(rate)) for rate in rates)
-        further = _further_rate(tried)
-        if further is None or len(rates) - len(grid) >= widen:
-            return tried
-        rates = sorted([*rates, further])
+    tried = tuple(map(attempt, grid))
+    while len(tried) < len(grid) + widen and (further := _further_rate(tried)) is not None:
+        tried = tuple(sorted([*tried, attempt(further)], key=lambda trial: trial.rate))
+    return tried
 
 
 def best(tried: Sequence[Trial]) -> Trial | None:

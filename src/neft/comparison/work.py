@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,17 +11,18 @@ import sys
 import threading
 import time
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neft.comparison.cells import Job
-from neft.errors import NeftError
+from neft.comparison.cells import Failure, Job, stage_of
+from neft.errors import DataError, DivergenceError, NeftError
 from neft.pipeline.run import bring_to_finish
-from neft.pipeline.stages import stages_of
 from neft.pipeline.store import StageFolder
-from neft.recipe import Recipe
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -33,7 +36,7 @@ class Outcome:
 
     job: Job
     seconds: float
-    failure: str | None
+    failure: Failure | None
     """Why it failed; ``None`` where it is done."""
 
 
@@ -51,11 +54,13 @@ class Workers:
 
     Args:
         num_workers: jobs at a time. Several take the accelerators in turn, or share the cores.
+        lock: a file that every worker holds for as long as it lives.
         logs: where what workers print goes, a file each; ``None``: to the terminal.
     """
 
-    def __init__(self, num_workers: int, logs: Path | None) -> None:
+    def __init__(self, num_workers: int, lock: Path, logs: Path | None) -> None:
         self._num = num_workers
+        self._lock = lock
         self._logs = logs
         self._workers: dict[int, _Worker] = {}
 
@@ -83,14 +88,15 @@ class Workers:
 
     def start(self, job: Job) -> None:
         """Give a job to an idle worker."""
-        slot = next(
-            slot
-            for slot in range(self._num)
-            if slot not in self._workers or self._workers[slot].job is None
-        )
-        worker = self._workers.get(slot) or self._spawn(slot)
+        busy = {slot for slot, worker in self._workers.items() if worker.job is not None}
+        slot = min(set(range(self._num)) - busy)
+        worker = self._workers.get(slot)
+        if worker is None or not worker.process.is_alive():
+            worker = self._spawn(slot)
         worker.job, worker.started = job, time.perf_counter()
-        worker.connection.send(job)
+        # A worker that dies at this very moment is found dead when its outcome is waited for.
+        with suppress(OSError):
+            worker.connection.send(job)
 
     def next_outcome(self) -> Outcome:
         """Wait for a job to end."""
@@ -100,10 +106,10 @@ class Workers:
         job = worker.job
         assert job is not None
         try:
-            failure: str | None = connection.recv()
-        except EOFError:
+            failure: Failure | None = connection.recv()
+        except (EOFError, OSError):
             worker.process.join()
-            failure = _death(worker.process.exitcode)
+            failure = Failure(_death(worker.process.exitcode), is_divergence=False)
             del self._workers[worker.slot]
         worker.job = None
         return Outcome(job, time.perf_counter() - worker.started, failure)
@@ -111,13 +117,22 @@ class Workers:
     def _spawn(self, slot: int) -> _Worker:
         ours, theirs = _SPAWN.Pipe()
         log = None if self._logs is None else self._logs / f"worker-{slot}.log"
-        share = _share(slot, self._num)
-        process = _SPAWN.Process(target=_serve, args=(theirs, share, log), daemon=True)
+        arguments = (theirs, _share(slot, self._num), self._lock, log)
+        process = _SPAWN.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
         worker = _Worker(process, ours, slot)
         self._workers[slot] = worker
         return worker
+
+
+@contextmanager
+def no_workers(lock: Path) -> Iterator[None]:
+    """Wait for workers of a comparison that was killed: they end by themselves, in moments."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -161,36 +176,43 @@ def _death(exit_code: int | None) -> str:
 # --- in the worker --------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection, share: _Share, log: Path | None) -> None:
+def _serve(connection: Connection, share: _Share, lock: Path, log: Path | None) -> None:
     """Do jobs until there are no more."""
     # Out of reach of the terminal's Ctrl-C, which the parent passes on, once.
     os.setsid()
+    # Held until this process has ended.
+    fcntl.flock(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_SH)
     _end_with_parent()
     if log is not None:
         _print_into(log)
     share.take()
+    logging.basicConfig(format="%(message)s")
+    warnings.simplefilter("ignore", FutureWarning)
     while True:
         try:
             job: Job = connection.recv()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, OSError):
             return
         try:
             _do(job)
             failure = None
         except KeyboardInterrupt:
-            return
+            return  # training was told to stop, and has left a checkpoint
         except NeftError as error:
-            failure = str(error)
+            failure = Failure(str(error), isinstance(error, DivergenceError))
         except Exception as error:
             traceback.print_exc()
-            failure = f"unexpected {type(error).__name__}: {error}"
+            failure = Failure(f"unexpected {type(error).__name__}: {error}", is_divergence=False)
         connection.send(failure)
 
 
 def _do(job: Job) -> None:
-    recipe = Recipe.model_validate(job.recipe)
-    stage = next(stage for stage in stages_of(recipe) if stage.name == job.stage)
-    bring_to_finish(stage, job.record, StageFolder(job.folder), job.inputs, _keep_quiet)
+    stage = stage_of(job)
+    inputs = {name: needed.record.fingerprint for name, needed in job.inputs.items()}
+    if stage.fingerprint(inputs) != job.record.fingerprint:
+        raise DataError("a file that it reads was changed since the comparison was started.")
+    folders = {name: needed.folder for name, needed in job.inputs.items()}
+    bring_to_finish(stage, job.record, StageFolder(job.folder), folders, _keep_quiet)
 
 
 def _keep_quiet(_line: str) -> None:

@@ -54,6 +54,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+@cache
 def machine() -> dict[str, str | int]:
     """The machine in words: processor, cores, accelerator."""
     import torch

@@ -22,7 +22,7 @@ from typing import Any
 
 from neft.errors import RunError, UsageError
 from neft.files import sync, write_json
-from neft.pipeline.provenance import package_versions, source_commit
+from neft.pipeline.provenance import machine, package_versions, source_commit
 from neft.pipeline.stage import Stage
 
 RECORD = "stage.json"
@@ -62,6 +62,7 @@ class Record:
     """Versions that made it; for the reader, not part of the fingerprint."""
     released: bool = False
     """Whether part of the result was deleted on purpose, once nothing needed it any more."""
+    machine: Mapping[str, str | int] = field(default_factory=dict)
     commit: str | None = None
     """Of this project's source, where it runs from a git checkout; ``+`` after it: with changes."""
 
@@ -177,6 +178,7 @@ class StageFolder:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             files=_sizes(self.working),
             packages=package_versions(),
+            machine=machine(),
             commit=source_commit(),
         )
         write_json(self.working / RECORD, asdict(record))

@@ -36,18 +36,20 @@ class Panel:
     """One task."""
 
     title: str
+    metric: str
+    """Of the vertical axis."""
     series: Mapping[str, Sequence[Point]]
+    """Name in the legend -> its points; the same names in all panels, in the same order."""
     base: float | None = None
     """The model before training, as a dotted line."""
 
 
-def draw_scores(stem: Path, panels: Sequence[Panel], metric: str, title: str | None) -> list[Path]:
+def draw_scores(stem: Path, panels: Sequence[Panel], title: str | None) -> list[Path]:
     """A metric against the number of trained parameters (the paper's Figure 2), a panel a task.
 
     Args:
         stem: the files' path without suffix.
         panels: tasks, in order.
-        metric: of the vertical axis.
         title: of the whole figure.
 
     Returns:
@@ -57,6 +59,8 @@ def draw_scores(stem: Path, panels: Sequence[Panel], metric: str, title: str | N
     for position, panel in enumerate(panels):
         axes: Axes = figure.axes[position]
         for number, (name, points) in enumerate(panel.series.items()):
+            if not points:
+                continue
             axes.errorbar(
                 [point.num_trainable / 1e6 for point in points],
                 [point.mean for point in points],
@@ -73,12 +77,23 @@ def draw_scores(stem: Path, panels: Sequence[Panel], metric: str, title: str | N
         axes.set_xscale("log")
         axes.set_title(panel.title)
         axes.set_xlabel("trained parameters (millions)")
-        axes.set_ylabel(metric)
+        axes.set_ylabel(panel.metric)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
+    _draw_legend(figure)
     if title is not None:
         figure.suptitle(title)
     return _save(figure, stem)
+
+
+def _draw_legend(figure: Figure) -> None:
+    """One legend of all that occurs in any panel."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside right center", fontsize="small"
+    )
 
 
 def _new_figure(num_panels: int) -> Figure:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import is_triton_available
 from trl import SFTTrainer
 
-from neft.errors import RunError
+from neft.errors import DivergenceError
 from neft.sft.prompts import IGNORED
 from neft.sft.resume import last_checkpoint
 
@@ -67,7 +67,9 @@ class TargetTrainer(SFTTrainer):
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        return LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
+        grouped = LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
+        self.add_callback(_TellEpoch(grouped))
+        return grouped
 
     def evaluate(
         self,
@@ -102,7 +104,7 @@ class TargetTrainer(SFTTrainer):
             # Loss scaling finds its scale by overflows, and skips the steps that they spoil.
             is_expected = name == "grad_norm" and self.args.fp16
             if name in logs and not math.isfinite(logs[name]) and not is_expected:
-                raise RunError(self._breakdown(meaning, logs[name]))
+                raise DivergenceError(self._breakdown(meaning, logs[name]))
         super().log(logs, start_time)
 
     def _breakdown(self, meaning: str, value: float) -> str:
@@ -143,7 +145,7 @@ class LengthGrouped(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Is told which epoch comes next."""
+        """Tell it which epoch comes next."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -152,7 +154,8 @@ class LengthGrouped(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """The positions of one epoch."""
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        # Not their sum: the second epoch of one seed must not be the first of the next.
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         order = torch.randperm(len(self._lengths), generator=generator).tolist()
         size = self._POOL * self._batch_size
         pools = [order[start : start + size] for start in range(0, len(order), size)]
@@ -165,6 +168,16 @@ class LengthGrouped(Sampler[int]):
         last = [batches.pop()] if len(batches[-1]) < self._batch_size else []
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return iter([position for batch in shuffled + last for position in batch])
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells a sampler the epoch, which wrappers of several processes do not pass on when resuming."""
+
+    def __init__(self, sampler: LengthGrouped) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, _args: Any, state: TrainerState, _control: Any, **_: Any) -> None:
+        self._sampler.set_epoch(int(state.epoch or 0))
 
 
 @contextmanager

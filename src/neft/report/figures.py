@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from neft.files import replaced_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -87,12 +88,15 @@ def draw_scores(stem: Path, panels: Sequence[Panel], title: str | None) -> list[
 
 def _draw_legend(figure: Figure) -> None:
     """One legend of all that occurs in any panel."""
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside right center", fontsize="small"
+        handles=list(handles.values()),
+        labels=list(handles),
+        loc="outside right center",
+        fontsize="small",
     )
 
 

@@ -111,12 +111,16 @@ def _row(
     cells.append(
         "-"
         if first.difference is None or first.p_value is None
-        else f"{first.difference:+.1f} ({first.p_value:.3f})"
+        else f"{first.difference:+.1f} ({_p_value(first.p_value)})"
     )
     if with_general:
         cells.append("-" if row.forgetting is None else f"{row.forgetting:+.3f}")
     times = [seed.seconds_per_step for seed in row.seeds]
     return [*cells, f"{sum(times) / len(times):.2f}"]
+
+
+def _p_value(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _name(row: RowResult) -> str:

@@ -10,6 +10,7 @@ import yaml
 from neft.evaluation import check_metrics
 from neft.files import write_json, write_text
 from neft.models import load_tokenizer
+from neft.pipeline.identity import model_identity
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.recipe import DataSection, Recipe
 from neft.sft.data import Split, load_examples, load_texts
@@ -54,7 +55,7 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
     if find_method(recipe.train.method).needs_neurons:
         assert recipe.select is not None
         candidates = unscored(network, recipe)
-        chosen = choose(candidates, recipe.select)
+        chosen = choose(candidates, recipe.select, model_identity(recipe.model))
         neurons = chosen.num_parameters
         # Chosen by their scores, neurons may overlap otherwise with the sets that are joined to them.
         summary["neurons"] = {

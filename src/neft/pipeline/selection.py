@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_MODEL = "model_identity"
+
+
 def unscored(network: nn.Module, recipe: Recipe) -> NeuronScores:
     """The candidates of a recipe with made-up scores: enough to spend a budget or to draw at random.
 
@@ -38,15 +41,20 @@ def unscored(network: nn.Module, recipe: Recipe) -> NeuronScores:
     return NeuronScores(projections, made_up, num_parameters)
 
 
-def choose(scores: NeuronScores, options: SelectSection) -> NeuronSet:
+def choose(scores: NeuronScores, options: SelectSection, model: str | None = None) -> NeuronSet:
     """Choose neurons as a recipe says (Algorithm 1, step 3; the ablations of section 5).
+
+    Args:
+        scores: of all candidates.
+        options: budget, choice, and files of other sets.
+        model: identity of the base model; sets that are known to be of another are refused.
 
     Raises:
         NeuronError: a budget that the scored projections cannot hold, a file that is no neuron set or
             is of another model, or nothing is left.
     """
     if options.neurons is not None:
-        chosen = _load(options.neurons, scores)
+        chosen = _load(options.neurons, scores, model)
     else:
         chosen = scores.select(
             percent=options.percent, count=options.count, which=options.which, seed=options.seed
@@ -56,16 +64,24 @@ def choose(scores: NeuronScores, options: SelectSection) -> NeuronSet:
             percent=options.reversed_percent, count=options.reversed_count, which="highest"
         )
     for file in options.union:
-        chosen |= _load(file, scores)
+        chosen |= _load(file, scores, model)
     for file in options.intersection:
-        chosen &= _load(file, scores)
+        chosen &= _load(file, scores, model)
     if not len(chosen):
         raise NeuronError("select: the intersection holds no neuron; nothing would be trained.")
+    if model is not None:
+        chosen.provenance[_MODEL] = model
     return chosen
 
 
-def _load(file: str, scores: NeuronScores) -> NeuronSet:
+def _load(file: str, scores: NeuronScores, model: str | None) -> NeuronSet:
     chosen = NeuronSet.load(Path(file).expanduser())
+    theirs = chosen.provenance.get(_MODEL)
+    if None not in (theirs, model) and theirs != model:
+        raise NeuronError(
+            f"{file}: was chosen in another base model ({theirs}) than this one ({model}). Neurons of "
+            "one mean nothing in the other; choose them anew."
+        )
     for name, projection in chosen.projections.items():
         if len(chosen[name]) and scores.projections.get(name) != projection:
             raise NeuronError(

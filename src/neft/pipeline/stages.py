@@ -241,7 +241,8 @@ def _select(recipe: Recipe, content: _Content) -> Stage:
         else:
             network = open_weights(recipe.model.path, recipe.model.revision).network
             scores = unscored(network, recipe)
-        choose(scores, options).save(working / NEURONS)
+        chosen = choose(scores, options, model_identity(recipe.model))
+        chosen.save(working / NEURONS)
 
     reads = ("score",) if options.needs_scores else ()
     return Stage("select", 1, content.selection, reads, run, derived=True)

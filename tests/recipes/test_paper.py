@@ -125,7 +125,9 @@ def test_neurons_are_found_as_in_the_paper() -> None:
 
 def test_decoding_is_the_papers() -> None:
     for name in ("table2", "table3", "table4"):
-        for _, _, recipe in load(name).first_cells():
+        comparison = load(name)
+        for cell in comparison.first_cells():
+            recipe = comparison.first_recipe(*cell)
             assert (recipe.evaluate.num_beams, recipe.evaluate.no_repeat_ngram_size) == (1, 4)
             assert recipe.evaluate.lowercase == (recipe.data.target_language == "French")
             assert recipe.data.style == "plain"

@@ -140,34 +140,43 @@ def write_through(
     return y
 
 
+def without_columns(x: Tensor, selections: Sequence[Selection]) -> Tensor:
+    """``x`` ``[..., I]`` with zeros where chosen columns read: the layer then leaves them out.
+
+    Their originals need not be known, and cannot be where the weight is offloaded.
+    """
+    for selection in selections:
+        if selection.axis is Axis.COLUMN:
+            x = x.index_fill(-1, selection.indices_K, 0)
+    return x
+
+
 def overlay(
     y: Tensor,
     x: Tensor,
     bias: Tensor | None,
     selection: Selection,
     vectors: Tensor,
-    originals: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The output of a layer with trained neurons, from the output ``y`` of the untouched layer.
+    """The output of a layer with trained neurons, from its output without its chosen columns.
 
     For weights that cannot be written (offloaded, compiled into a graph): rows replace their outputs,
-    columns add the difference that they make. Costs about the share of chosen neurons more than the
-    layer alone, and rounds differently from ``write_through`` in the last bits.
+    columns add what they write. Costs about the share of chosen neurons more than the layer alone, and
+    rounds differently from ``write_through`` in the last bits.
 
     Args:
-        y: output of the untouched layer ``[..., O]``.
-        x: its input ``[..., I]``.
+        y: output of the untouched layer for ``without_columns(x)``, ``[..., O]``.
+        x: the layer's input ``[..., I]``.
         bias: its bias ``[O]``.
         selection: which neurons.
         vectors: trained neurons ``[K, L]``.
-        originals: the same neurons of the untouched layer ``[K, L]``.
+        dtype: of the layer's weight, which would hold the vectors rounded to it; so does the overlay.
     """
-    # The weight would hold the vectors rounded to its dtype; so does the overlay.
-    vectors = vectors.to(originals.dtype)
+    vectors = vectors.to(dtype).to(y.dtype)
     if selection.axis is Axis.COLUMN:
-        difference = (vectors - originals).to(y.dtype)
-        return y + x.index_select(-1, selection.indices_K).to(y.dtype) @ difference
-    replaced = x.to(y.dtype) @ vectors.to(y.dtype).T
+        return y + x.index_select(-1, selection.indices_K).to(y.dtype) @ vectors
+    replaced = x.to(y.dtype) @ vectors.T
     if bias is not None:
         replaced = replaced + bias.index_select(0, selection.indices_K).to(y.dtype)
     return y.index_copy(-1, selection.indices_K, replaced)

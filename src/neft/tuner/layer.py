@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from neft.errors import ArchitectureError, NeuronError, UsageError
 from neft.neurons import Axis, Indices, Projection
-from neft.tuner.functional import ResidentLayer, Selection, overlay, write_through
+from neft.tuner.functional import ResidentLayer, Selection, overlay, without_columns, write_through
 
 
 class MasterVectors(nn.Module):
@@ -297,12 +297,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self._check_disjoint(names)
         base_layer = self._base
         selections = [self._selection(name) for name in names]
-        silenced = x
-        for selection in selections:
-            if selection.axis is Axis.COLUMN:
-                # What the originals would write; they cannot be read from an offloaded weight.
-                silenced = silenced.index_fill(-1, selection.indices_K, 0)
-        y = self._run(silenced)
+        y = self._run(without_columns(x, selections))
         for name, selection in zip(names, selections, strict=True):
             vectors = self._vectors(name)
             if vectors.is_meta:
@@ -319,8 +314,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                     f"{self.name}: the bias of trained rows is offloaded to the meta device, where it "
                     "cannot be read. Keep this module in memory by the device map."
                 )
-            originals = torch.zeros((), dtype=base_layer.weight.dtype, device=vectors.device)
-            y = overlay(y, x, base_layer.bias, selection, vectors, originals)
+            y = overlay(y, x, base_layer.bias, selection, vectors, base_layer.weight.dtype)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 # make demo              a real model learns a real task: install, fetch, run, print the table
 # make data              the model and all data sets of the experiments
-# make replicate-small   the paper's tables at a size for two cores, in hours
+# make replicate-small   the paper's tables at a size for two cores
 # make replicate         the same in six languages, for a GPU
 # make test              the whole test suite
 # make check             format, lint, types, import layers, recipes, docs

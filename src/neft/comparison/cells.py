@@ -80,14 +80,19 @@ class Join:
             chosen = {name: NeuronSet.load(folder / NEURONS) for name, folder in inputs.items()}
             joined = chosen[_OWN]
             for task in self.union:
-                joined |= chosen[task]
+                joined |= chosen[_lent_by(task)]
             for task in self.intersection:
-                joined &= chosen[task]
+                joined &= chosen[_lent_by(task)]
             joined.save(working / NEURONS)
 
         ingredients = {"union": list(self.union), "intersection": list(self.intersection)}
-        reads = (_OWN, *self.union, *self.intersection)
+        reads = (_OWN, *map(_lent_by, self.union + self.intersection))
         return Stage("join", 1, ingredients, reads, run, derived=True)
+
+
+def _lent_by(task: str) -> str:
+    """Name of the input with a task's neurons; whatever the task is called, it is not ``_OWN``."""
+    return f"task {task}"
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,7 @@ class Cells:
         join = Join(entry.union_with, entry.intersection_with)
         inputs = {_OWN: own}
         for task in entry.other_tasks:
-            inputs[task] = self._selection(Cell(task, cell.row, cell.seed, cell.rate))
+            inputs[_lent_by(task)] = self._selection(Cell(task, cell.row, cell.seed, cell.rate))
         return self._job(cell, fields, join.stage(), inputs, join)
 
     def _selection(self, cell: Cell) -> Job:

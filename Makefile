@@ -35,7 +35,9 @@ replicate: data
 	$(BIN)/neft compare replication/full/translation.yaml --jobs $(JOBS)
 	$(BIN)/neft compare replication/full/summarization.yaml --jobs $(JOBS)
 
-test: $(INSTALLED)
+# The report's tests need a browser too: `apt-get install --no-install-recommends chromium`, or the like.
+AXE := tests/browser/node_modules/.package-lock.json
+test: $(INSTALLED) $(AXE)
 	$(BIN)/pytest -n 2 -m "not real"
 	$(BIN)/pytest -m real
 
@@ -49,6 +51,10 @@ check: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/mkdocs serve
+
+$(AXE): tests/browser/package-lock.json
+	npm ci --no-audit --no-fund --prefix tests/browser
+	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -27,6 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+analyses = typer.Typer(
+    help="Look at what training did to the neurons of a run.", no_args_is_help=True
+)
+app.add_typer(analyses, name="analyze")
+
 _log = logging.getLogger("neft")
 
 Given = ParamSpec("Given")
@@ -54,6 +59,10 @@ def main() -> None:
 
 def _command(function: Callable[Given, None]) -> Callable[Given, None]:
     """A command whose errors become one message and an exit code."""
+    return app.command()(_guarded(function))
+
+
+def _guarded(function: Callable[Given, None]) -> Callable[Given, None]:
 
     @functools.wraps(function)
     def guarded(*args: Given.args, **kwargs: Given.kwargs) -> None:
@@ -64,7 +73,7 @@ def _command(function: Callable[Given, None]) -> Callable[Given, None]:
         except (Exception, KeyboardInterrupt) as error:
             raise typer.Exit(_reported(error)) from error
 
-    return app.command()(guarded)
+    return guarded
 
 
 def _reported(error: BaseException) -> int:
@@ -362,6 +371,132 @@ def info(
         _print_json(described)
     else:
         show_info({"path": str(path)} | described)
+
+
+def _inspection(name: str, summary: str, description: str) -> None:
+    """Add a command that analyses a finished run and shows one part of what was found."""
+
+    def inspect(
+        run: Annotated[
+            Path, typer.Argument(help="The output folder of a finished run.", show_default=False)
+        ],
+        limit: Annotated[int, typer.Option(min=1, help="Rows of long tables.")] = 20,
+        as_json: AsJson = False,
+    ) -> None:
+        from neft.console import say, show_info
+        from neft.pipeline.inspection import INSPECTIONS
+        from neft.pipeline.run import analyze
+
+        found = INSPECTIONS[name](analyze(run, say=say), limit)
+        if as_json:
+            _print_json(found)
+        else:
+            show_info(found)
+
+    inspect.__doc__ = f"{summary}\n\n{description}"
+    analyses.command(name)(_guarded(inspect))
+
+
+for _name, _summary, _description in (
+    (
+        "utilization",
+        "How much each layer's neurons resemble what the model holds, before and after training.",
+        "Pearson correlation of neuron vectors with mean hidden states (paper, section 6).",
+    ),
+    (
+        "ranks",
+        "Which neurons rose and fell in the order of utilization.",
+        "Average rank change, affected neurons and percentiles (the paper's Figures 3 and 6).",
+    ),
+    (
+        "activity",
+        "Which feed-forward units are at work more or less than before.",
+        "Activations on the test split's texts, before and after training.",
+    ),
+    (
+        "lens",
+        "Which tokens out neurons promote and suppress, before and after training.",
+        "The logit lens: vectors through the unembedding; those that moved most come first.",
+    ),
+    (
+        "causal",
+        "What the loss is with groups of trained neurons put back to what they were.",
+        "On the development split, and on general text if the recipe names one.",
+    ),
+):
+    _inspection(_name, _summary, _description)
+
+
+@analyses.command()
+@_guarded
+def overlap(
+    selections: Annotated[
+        list[Path],
+        typer.Argument(help="Two or more: neuron sets, scores, adapters.", show_default=False),
+    ],
+    percent: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Budget at which scores are selected; repeatable. [default: 3, 6, 9, 12]"
+        ),
+    ] = None,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="A row a layer besides.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write a .csv or .parquet file too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far choices of neurons agree, beside what chance would give (the paper's Table 5)."""
+    from neft.analysis.overlap import overlap_table
+    from neft.console import show_info
+    from neft.neurons import NeuronScores
+    from neft.pipeline.selection import load_selection
+
+    chosen = {str(path): load_selection(path) for path in selections}
+    with_scores = any(isinstance(found, NeuronScores) for found in chosen.values())
+    table = overlap_table(
+        chosen, percent or ((3, 6, 9, 12) if with_scores else ()), by_layer=by_layer
+    )
+    if output is not None:
+        table.save(output)
+    if as_json:
+        _print_json(table.rows())
+    else:
+        show_info({"overlap": table.rows()})
+
+
+@_command
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(help="The output folder of a run or comparison.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about a run or a comparison."""
+    from neft.files import write_text
+    from neft.report.page import render_report
+    from neft.report.run_data import read_run
+
+    write_text(output, render_report(read_run(run)))
+    typer.echo(output)
+
+
+@_command
+def plot(
+    name: Annotated[str, typer.Argument(help="A figure; any other name lists them.")],
+    run: Annotated[Path, typer.Argument(help="The output folder of a run.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Path without suffix. [default: NAME]"),
+    ] = None,
+) -> None:
+    """Draw one figure of a run as PNG and SVG."""
+    from neft.report.plots import save_plot
+    from neft.report.run_data import read_run
+
+    for file in save_plot(read_run(run), name, output or Path(name)):
+        typer.echo(file)
 
 
 def _print_json(value: Any) -> None:

@@ -76,6 +76,8 @@ def show_results(results: Results, run: Path) -> None:
     )
     table.add_row("training steps", "-", f"{results.num_steps}")
     table.add_row("time a step", "-", f"{results.seconds_per_step:.2f} s")
+    if results.peak_memory_bytes is not None:
+        table.add_row("peak memory of training", "-", size(results.peak_memory_bytes))
     table.add_row(f"size of the {Path(results.artifact).name}", "-", size(results.artifact_bytes))
     console.print(table)
     for metric, score in results.trained.items():

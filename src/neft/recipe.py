@@ -210,6 +210,8 @@ class WarmupSection(TrainingSection):
     ``data.train``."""
     dev: DataSource | None = None
     """Goes with ``train``; default: ``data.dev``."""
+    train_limit: Count | None = None
+    """Use only the first rows; default: ``data.train_limit``."""
     seed: Seed | None = None
     """Default: the run's."""
     snapshots: tuple[Count, ...] = ()
@@ -218,7 +220,7 @@ class WarmupSection(TrainingSection):
 
     def data_of(self, data: DataSection) -> DataSection:
         """The data of a run's warm-up, given the run's."""
-        others = {"train": self.train, "dev": self.dev}
+        others = {"train": self.train, "dev": self.dev, "train_limit": self.train_limit}
         return data.model_copy(update={split: s for split, s in others.items() if s is not None})
 
     def seed_of(self, seed: int) -> int:
@@ -361,6 +363,27 @@ class EvaluateSection(Section):
     general: GeneralSection | None = None
 
 
+class AnalysisSection(Section):
+    """What training did to the neurons (paper, section 6, and beyond): see ``neft.analysis``."""
+
+    limit: Count = 100
+    """Examples of the test split that are read, and of the development split for the causal test."""
+    max_length: Count = 256
+    """Tokens of a text that are read; the rest is cut off."""
+    lens_tokens: Count = 5
+    """Tokens that an out neuron promotes or suppresses most, of each as many."""
+    lens_limit: Count = 20000
+    """Out neurons that are looked at through the logit lens: those that training moved most."""
+    contexts: CountOrZero = 3
+    """Tokens in their context that activate a unit most."""
+    context_units: Count = 200
+    """Units of which contexts are kept: those that training moved most."""
+    causal: bool = True
+    """Measure the loss with groups of trained neurons put back to what they were."""
+    overlap_with: dict[str, str] = {}
+    """Name -> file of a neuron set or of scores, with which the run's choice is compared."""
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -376,6 +399,8 @@ class Recipe(Section):
     """Needed by the methods ``neft`` and ``mask``, and for the budget that ``lora`` may match."""
     train: TrainSection
     evaluate: EvaluateSection = EvaluateSection()
+    analysis: AnalysisSection | None = None
+    """What is looked at after evaluation; default: nothing."""
 
     @model_validator(mode="after")
     def _neurons_need_a_source(self) -> Recipe:

@@ -32,6 +32,7 @@ def seed_result(seed: int, score: float) -> SeedResult:
         best_step=2,
         num_steps=4,
         seconds_per_step=0.5,
+        peak_memory_bytes=1_500_000_000,
         num_trainable=250,
         folders={},
         neurons_data={},
@@ -95,6 +96,7 @@ def test_a_row_has_mean_spread_difference_and_costs(comparison) -> None:
         "+2.0 (< 0.001)",
         "+0.250",
         "0.50",
+        "1.50 GB",
     ]
     header, _, base = (
         line

@@ -1,4 +1,4 @@
-"""Loss on texts against transformers' own loss, one text at a time."""
+"""Loss on texts and on targets against transformers' own loss, one text at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from neft.errors import DataError, RunError
-from neft.evaluation import text_loss
+from neft.evaluation import target_loss, text_loss
+from neft.sft.prompts import IGNORED
 
 TEXTS = ["the other thing", "x", "", "hello", "a b c d e f g h i j k l m n", "no"]
 
@@ -98,3 +99,50 @@ def test_too_little_memory(model, tokenizer) -> None:
     model.forward = full
     with pytest.raises(RunError, match=r"2 texts of up to 27 tokens.*evaluate\.batch_size"):
         text_loss(model, tokenizer, TEXTS, max_length=100, batch_size=2)
+
+
+# Prompt and target; one target ends early, one is all prompt, one counts from the very first token.
+EXAMPLES = [
+    ([5, 6, 7, 8, 9, 10], [IGNORED, IGNORED, IGNORED, 8, 9, 10]),
+    ([11, 12, 13], [IGNORED, 12, IGNORED]),
+    ([14, 15, 16, 17], [IGNORED] * 4),
+    ([18, 19, 20, 21, 22], [18, 19, 20, 21, 22]),
+    ([23], [23]),
+]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_mean_over_target_tokens(tiny_model, architecture, batch_size) -> None:
+    model = tiny_model(architecture, seed=2, initializer_range=0.5)
+    total, count = 0.0, 0
+    for ids, labels in EXAMPLES:
+        predicted = sum(label != IGNORED for label in labels[1:])
+        if predicted:
+            inputs, expected = torch.tensor([ids]), torch.tensor([labels])
+            with torch.no_grad():
+                total += model(input_ids=inputs, labels=expected).loss.item() * predicted
+            count += predicted
+    found = target_loss(model, *zip(*EXAMPLES, strict=True), batch_size=batch_size)
+    assert found.num_tokens == count == 8
+    assert found.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_texts_are_examples_that_are_all_target(model, tokenizer) -> None:
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    expected = text_loss(model, tokenizer, TEXTS, max_length=100, batch_size=3)
+    assert target_loss(model, ids, ids, batch_size=3) == expected
+
+
+@pytest.mark.parametrize("examples", [[], [([5, 6], [IGNORED, IGNORED]), ([7], [7]), ([], [])]])
+def test_no_target_to_predict(model, examples) -> None:
+    ids, labels = zip(*examples, strict=True) if examples else ([], [])
+    with pytest.raises(DataError, match=f"None of {len(examples)} examples has a target token"):
+        target_loss(model, ids, labels, batch_size=4)
+
+
+def test_labels_that_do_not_fit(model) -> None:
+    with pytest.raises(DataError, match="Example 2 has 3 tokens, but 2 labels"):
+        target_loss(model, [[5, 6], [7, 8, 9]], [[5, 6], [7, 8]], batch_size=4)
+    with pytest.raises(DataError, match="2 examples, but labels of 1"):
+        target_loss(model, [[5, 6], [7, 8, 9]], [[5, 6]], batch_size=4)

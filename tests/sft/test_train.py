@@ -105,6 +105,8 @@ def test_record(run: Run, tmp_path: Path) -> None:
     best = min(result.history["dev"], key=lambda entry: entry["loss"])
     assert (result.best_step, result.best_dev_loss) == (best["step"], best["loss"])
     assert 0 < result.seconds_per_step < 60
+    assert result.peak_memory_bytes is not None
+    assert 50e6 < result.peak_memory_bytes < 10e9
     assert record["run"]["seed"] == 1
     assert record["examples"]["train"] == {"used": 20, "dropped": 0, "truncated": 0}
     assert record["versions"].keys() == {"neft", "torch", "transformers", "peft", "trl"}

@@ -17,13 +17,15 @@ from typing import Any
 from neft.comparison.schema import Comparison, MethodEntry
 from neft.files import write_json
 from neft.neurons import NeuronSet
+from neft.pipeline.selection import NEURONS
 from neft.pipeline.stage import Stage
-from neft.pipeline.stages import NEURONS, stages_of
+from neft.pipeline.stages import stages_of
 from neft.pipeline.store import Record, StageFolder, State, record_of
 from neft.recipe import Recipe
 
 _DIGITS = 16
 _OWN = "own"
+_EVALUATED = ("baseline", "train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,16 @@ class Cells:
     def is_evaluated(self, cell: Cell) -> bool:
         """Whether all is there that results are made of."""
         jobs = self.jobs(cell)
-        return all(self.finished(jobs[name]) for name in ("baseline", "train", "evaluate"))
+        return all(self.finished(jobs[name]) for name in _EVALUATED)
+
+    def last_stages(self, cell: Cell) -> list[str]:
+        """What a cell is brought to in the end."""
+        return [name for name in (*_EVALUATED, "analysis") if name in self.jobs(cell)]
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether nothing is left to do for a cell."""
+        jobs = self.jobs(cell)
+        return all(self.finished(jobs[name]) for name in self.last_stages(cell))
 
     def ready(self, job: Job) -> list[Job]:
         """What can be started now towards a job; nothing if it is done."""
@@ -216,7 +227,9 @@ class Cells:
                 continue
             inputs = {name: jobs[name] for name in stage.reads}
             if stage.name == "train" and entry.other_tasks:
-                inputs["select"] = jobs["join"] = self._join(cell, entry, fields, inputs["select"])
+                jobs["join"] = self._join(cell, entry, fields, inputs["select"])
+            if "select" in inputs and "join" in jobs:
+                inputs["select"] = jobs["join"]
             jobs[stage.name] = self._job(cell, fields, stage, inputs)
         return jobs
 

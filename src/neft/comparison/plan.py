@@ -15,7 +15,7 @@ from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 
-from neft.comparison.cells import Cell, Cells, Job, read_training
+from neft.comparison.cells import Cell, Cells, Failure, Job, read_training
 from neft.comparison.schema import MethodEntry
 from neft.comparison.tuning import Trial, best, is_at_edge, trials
 
@@ -104,7 +104,7 @@ class Plan:
                 train = self._cells.jobs(cell)["train"]
                 done[train.folder] = train
                 is_chosen = row.rate is None or cell in row.cells
-                if is_chosen and not self._cells.is_evaluated(cell):
+                if is_chosen and not self._cells.is_finished(cell):
                     needed.add(train.folder)
         return [job for folder, job in done.items() if folder not in needed]
 
@@ -118,7 +118,7 @@ class Plan:
         for cell in [*first, *(cell for cells in later for cell in cells if cell is not None)]:
             jobs = self._cells.jobs(cell)
             is_trial = not any(cell in row.cells for row in rows)
-            for name in ("train",) if is_trial else ("baseline", "train", "evaluate"):
+            for name in ("train",) if is_trial else self._cells.last_stages(cell):
                 if self._is_open(jobs[name]):
                     yield jobs[name]
 
@@ -158,13 +158,18 @@ class Plan:
         failures = [
             failure.reason
             for cell in cells
-            if not self._cells.is_evaluated(cell)
-            and (failure := self._cells.failure(self._cells.jobs(cell)["evaluate"])) is not None
+            if not self._cells.is_finished(cell)
+            and (failure := self._last_failure(cell)) is not None
         ]
-        num_ended = len(failures) + sum(map(self._cells.is_evaluated, cells))
+        num_ended = len(failures) + sum(map(self._cells.is_finished, cells))
         if num_ended < len(cells):
             return next(iter(failures), None), RowState.TRAINING
         return next(iter(failures), None), RowState.FAILED if failures else RowState.DONE
+
+    def _last_failure(self, cell: Cell) -> Failure | None:
+        """Why a cell cannot be finished."""
+        jobs = self._cells.jobs(cell)
+        return self._cells.failure(jobs[self._cells.last_stages(cell)[-1]])
 
     def _attempt(self, task: str, entry: MethodEntry, rate: float) -> Trial:
         job = self._cells.jobs(self._trial_cell(task, entry, rate))["train"]

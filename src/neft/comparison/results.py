@@ -39,6 +39,8 @@ class SeedResult:
     best_step: int
     num_steps: int
     seconds_per_step: float
+    peak_memory_bytes: int | None
+    """Of training, where it is known (see ``TrainingResult``)."""
     num_trainable: int
     folders: Mapping[str, str]
     """Stage -> its folder, relative to the comparison's output."""
@@ -169,6 +171,7 @@ def _seed_result(cells: Cells, cell: Cell) -> SeedResult:
         best_step=training["best_step"],
         num_steps=training["num_steps"],
         seconds_per_step=training["seconds_per_step"],
+        peak_memory_bytes=training.get("peak_memory_bytes"),
         num_trainable=training["num_trainable"],
         folders={
             name: job.folder.relative_to(cells.output).as_posix() for name, job in jobs.items()

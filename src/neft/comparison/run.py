@@ -14,7 +14,10 @@ from typing import Any
 
 import yaml
 
+from neft.analysis.ranks import EDGES
 from neft.comparison.cells import Cells, Job
+from neft.comparison.neuron_table import draw_neurons, neurons_markdown
+from neft.comparison.neurons import collect_neurons
 from neft.comparison.plan import Forecast, Plan, Row
 from neft.comparison.results import TaskResult, collect, plain
 from neft.comparison.schema import Comparison
@@ -33,6 +36,8 @@ from neft.recipe import Recipe
 RECIPE = "comparison.yaml"
 RESULTS = "results.json"
 TABLE = "results.md"
+NEURONS = "neurons.json"
+NEURONS_TABLE = "neurons.md"
 _WORKERS_LOCK = ".workers.lock"
 
 
@@ -203,6 +208,14 @@ def _publish(cells: Cells, plan: Plan) -> Compared:
     table = cells.output / TABLE
     write_text(table, markdown(cells.comparison, results, failures, provenance))
     figures = draw_figures(cells.comparison, results, cells.output)
+    neurons = collect_neurons(cells, plan)
+    if neurons:
+        write_json(
+            cells.output / NEURONS,
+            {"provenance": provenance, "tasks": plain(neurons), "percentiles": EDGES},
+        )
+        write_text(cells.output / NEURONS_TABLE, neurons_markdown(neurons))
+        figures += draw_neurons(cells.comparison, neurons, cells.output)
     return Compared(results, failures, table, figures)
 
 

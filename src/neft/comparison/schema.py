@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,6 +56,8 @@ class MethodEntry(Section):
     warmup: Settings = Field(default_factory=dict)
     lora: Settings | None = None
     train: Settings = Field(default_factory=dict)
+    analysis: Settings | Literal[False] = Field(default_factory=dict)
+    """Over the comparison's; ``false``: none of this row."""
     union_with: tuple[str, ...] = ()
     """Tasks whose neurons, chosen in the same way, are joined (NeFT_Union)."""
     intersection_with: tuple[str, ...] = ()
@@ -119,6 +121,8 @@ class Comparison(Section):
     score: Settings = Field(default_factory=dict)
     train: Settings
     evaluate: Settings = Field(default_factory=dict)
+    analysis: Settings | None = None
+    """Of every cell that is evaluated; default: none."""
     widen: CountOrZero = 2
     """How many further rates a row may try beyond an edge of its grid while the best lies there. A grid
     of one rate is left as it is."""
@@ -172,6 +176,8 @@ class Comparison(Section):
             both = [task for task in tasks if task in entry.other_tasks]
             if both:
                 yield f"{place}: runs on task {both[0]!r}, with whose neurons it would be joined"
+            if entry.analysis and self.analysis is None:
+                yield f"{place}: has settings for an analysis, but the comparison has no such section"
             if entry.warmup and self.warmup is None:
                 yield f"{place}: has settings for a warmup, but the comparison has no section warmup"
             if entry.rate_of is None:
@@ -246,6 +252,8 @@ class Comparison(Section):
             "train": train,
             "evaluate": self.evaluate | over.evaluate,
         }
+        if self.analysis is not None and entry.analysis is not False:
+            fields["analysis"] = self.analysis | entry.analysis
         if self.warmup is not None:
             fields["warmup"] = self.warmup | over.warmup | entry.warmup
         if entry.select is not None:

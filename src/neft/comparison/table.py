@@ -31,11 +31,11 @@ def _task_table(comparison: Comparison, result: TaskResult) -> str:
     header = ["method", "trained", "%", "rate", "dev loss", *metrics]
     header += [f"{metrics[0]} - reference (p)"]
     header += ["forgetting"] if with_general else []
-    header += ["s a step"]
+    header += ["s a step", "memory"]
     base = ["base model", "-", "-", "-", "-"]
     base += [f"{score.score:.1f}" for score in result.base.scores.values()] + ["-"]
     base += ["-"] if with_general else []
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), [*base, "-"]]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), [*base, "-", "-"]]
     lines += [_row(row, result, metrics, with_general) for row in result.rows]
     notes = [f"{name}: `{score.signature}`" for name, score in result.base.scores.items()]
     return "\n".join(
@@ -89,7 +89,7 @@ def _row(
             _name(row),
             *["-"] * 3,
             f"{row.state}: {_one_line(why)}",
-            *["-"] * (len(metrics) + 2),
+            *["-"] * (len(metrics) + 3),
         ] + (["-"] if with_general else [])
     assert row.rate is not None
     assert row.num_trainable is not None
@@ -116,7 +116,13 @@ def _row(
     if with_general:
         cells.append("-" if row.forgetting is None else f"{row.forgetting:+.3f}")
     times = [seed.seconds_per_step for seed in row.seeds]
-    return [*cells, f"{sum(times) / len(times):.2f}"]
+    return [*cells, f"{sum(times) / len(times):.2f}", _memory(row)]
+
+
+def _memory(row: RowResult) -> str:
+    """The largest peak of its training runs."""
+    peaks = [seed.peak_memory_bytes for seed in row.seeds if seed.peak_memory_bytes is not None]
+    return f"{max(peaks) / 1e9:.2f} GB" if peaks else "-"
 
 
 def _p_value(value: float) -> str:

@@ -2,7 +2,7 @@
 
 from neft.evaluation.generate import generate
 from neft.evaluation.languages import bleu_tokenizer
-from neft.evaluation.loss import TextLoss, text_loss
+from neft.evaluation.loss import TextLoss, target_loss, text_loss
 from neft.evaluation.metric import Score
 from neft.evaluation.metrics import METRICS_OF_TASK, check_metrics, score_predictions
 from neft.evaluation.significance import Paired, significance
@@ -17,5 +17,6 @@ __all__ = [
     "generate",
     "score_predictions",
     "significance",
+    "target_loss",
     "text_loss",
 ]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from neft.errors import AdapterError, CheckpointError, NeftError
 from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.pipeline.store import new_folder
-from neft.recipe import ModelSection
+from neft.recipe import ModelSection, Recipe
+from neft.sft.methods import find_method
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,6 +68,23 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         UserWarning,
     ) as error:
         raise AdapterError(f"{folder}: cannot be put on this model: {error}") from error
+
+
+def load_trained(recipe: Recipe, train: Path) -> PreTrainedModel | PeftModel:
+    """What a finished training run has made of the base model: an adapter on it, or another model."""
+    if find_method(recipe.train.method).makes_adapter:
+        return load_adapter(load_model(recipe.model), train / "adapter")
+    tuned = {"path": str(train / "model"), "revision": None}
+    return load_model(recipe.model.model_copy(update=tuned))
+
+
+def load_merged(recipe: Recipe, train: Path) -> PreTrainedModel:
+    """The same as a plain model, any adapter merged into its weights."""
+    trained: Any = load_trained(recipe, train)
+    if find_method(recipe.train.method).makes_adapter:
+        trained = trained.merge_and_unload()
+    plain: PreTrainedModel = trained
+    return plain
 
 
 def merge_adapter(folder: Path, output: Path, base: str | None = None, dtype: str = "auto") -> None:

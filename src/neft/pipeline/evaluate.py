@@ -58,7 +58,7 @@ def evaluate(model: Any, recipe: Recipe, folder: Path) -> Evaluation:
     tokenizer = load_tokenizer(recipe.model)
     prompts = [prompt_ids(example, tokenizer, recipe.data) for example in examples]
     start = time.perf_counter()
-    texts = generate(model.to(_device()), tokenizer, prompts, recipe.evaluate)
+    texts = generate(model.to(device()), tokenizer, prompts, recipe.evaluate)
     seconds = time.perf_counter() - start
     _write_predictions(folder / PREDICTIONS, examples, texts)
     scores = score_predictions(
@@ -90,7 +90,8 @@ def _general_loss(
     ).loss
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -7,12 +7,13 @@ from typing import Any
 
 import yaml
 
+from neft.errors import UsageError
 from neft.evaluation import check_metrics
 from neft.files import write_json, write_text
 from neft.models import load_tokenizer
 from neft.pipeline.identity import model_identity
 from neft.pipeline.selection import choose, unscored, with_rank
-from neft.recipe import DataSection, Recipe
+from neft.recipe import DataSection, Recipe, load_recipe
 from neft.sft.data import Split, load_examples, load_texts
 from neft.sft.methods import find_method
 from neft.sft.prompts import encode_all, prompt_ids
@@ -30,6 +31,17 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     summary = {"data": check_data(recipe)} | check_method(recipe)
     write_json(folder / SUMMARY, summary)
     write_text(folder / RECIPE, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of the run in a folder, with that folder as its output.
+
+    Raises:
+        UsageError: no run has got beyond its first stage there.
+    """
+    if not (file := run / "prepare" / RECIPE).is_file():
+        raise UsageError(f"{run}: no folder of a run; it has no prepare/{RECIPE}.")
+    return load_recipe(file).model_copy(update={"output": str(run)})
 
 
 def check_method(recipe: Recipe) -> dict[str, Any]:
@@ -94,7 +106,8 @@ def check_data(recipe: Recipe) -> dict[str, Any]:
     if recipe.warmup is not None:
         elsewhere = recipe.warmup.data_of(recipe.data)
         for split in splits:
-            if getattr(elsewhere, split) != getattr(recipe.data, split):
+            fields = (split, f"{split}_limit")
+            if any(getattr(elsewhere, name) != getattr(recipe.data, name) for name in fields):
                 counts[f"warmup.{split}"] = count(elsewhere, split)
     examples = load_examples(recipe.data, "test")
     for example in examples:

@@ -53,6 +53,8 @@ class Results:
     artifact_bytes: int
     samples: tuple[Sample, ...]
     """Spread evenly over the test split, so that nobody chose them."""
+    peak_memory_bytes: int | None
+    """During a training step: on the accelerator, else of the process; ``None`` where nobody can tell."""
 
     @property
     def percent_trainable(self) -> float:
@@ -102,6 +104,7 @@ _FROM_TRAINING = (
     "best_step",
     "best_dev_loss",
     "seconds_per_step",
+    "peak_memory_bytes",
 )
 
 

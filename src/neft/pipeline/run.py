@@ -9,11 +9,17 @@ from typing import TypeAlias
 
 from neft.errors import UsageError
 from neft.pipeline.evaluate import Evaluation, read_evaluation
+from neft.pipeline.prepare import recipe_of
 from neft.pipeline.results import RESULTS, Results, read_results, trained_artifact
 from neft.pipeline.stage import Stage
-from neft.pipeline.stages import evaluation_stage, stages_of, training_stage
+from neft.pipeline.stages import (
+    analysis_stage,
+    evaluation_stage,
+    stages_of,
+    training_stage,
+)
 from neft.pipeline.store import Record, StageFolder, State, differences, locked, record_of
-from neft.recipe import Recipe
+from neft.recipe import AnalysisSection, Recipe
 
 LOCK = ".lock"
 
@@ -64,6 +70,51 @@ def evaluate(
     folder = folder.expanduser().resolve()
     _run_alone(evaluation_stage(folder.name, recipe, adapter), folder, overwrite=overwrite, say=say)
     return read_evaluation(folder)
+
+
+def analyze(folder: Path, *, say: Say) -> Path:
+    """Look at what a finished run did to its neurons; skips what is done already.
+
+    Args:
+        folder: the output folder of the run; its recipe's ``analysis`` counts, or the defaults of that.
+        say: is told what happens.
+
+    Returns:
+        The folder with the tables (see ``neft.pipeline.analyze``).
+
+    Raises:
+        UsageError: no run, one that is not finished, or one whose trained weights were deleted.
+        RunError: too little memory, or another process works in the folder.
+    """
+    recipe = recipe_of(folder)
+    if recipe.analysis is None:
+        recipe = recipe.model_copy(update={"analysis": AnalysisSection()})
+    stage = analysis_stage(recipe)
+    inputs = {name: StageFolder(folder / name) for name in stage.reads}
+    analysis = StageFolder(folder / stage.name)
+    with locked(folder / LOCK):
+        for place in (*inputs.values(), analysis):
+            place.settle()
+        records = {name: _whole(place) for name, place in inputs.items()}
+        fingerprints = {name: record.fingerprint for name, record in records.items()}
+        paths = {name: place.path for name, place in inputs.items()}
+        bring_to_finish(stage, record_of(stage, fingerprints), analysis, paths, say)
+    return analysis.path
+
+
+def _whole(place: StageFolder) -> Record:
+    record = place.finished()
+    if record is None or place.state() is not State.DONE:
+        raise UsageError(
+            f"{place.path}: is not there, or damaged: the run is not finished. See neft status, and "
+            "bring it to its end with neft run."
+        )
+    if record.released:
+        raise UsageError(
+            f"{place.path}: the weights were deleted once the comparison had evaluated them. Give it a "
+            "section analysis, or keep_models: true, and run it again."
+        )
+    return record
 
 
 def _run_alone(stage: Stage, folder: Path, *, overwrite: bool, say: Say) -> None:

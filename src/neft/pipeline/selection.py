@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,16 @@ import numpy as np
 from neft.checkpoints import open_weights
 from neft.errors import NeuronError
 from neft.neurons import NeuronScores, NeuronSet
+from neft.pipeline.adapter import read_config
 from neft.recipe import LoraSection, Recipe, SelectSection
 from neft.sft.counting import matching_rank
 
 if TYPE_CHECKING:
     from torch import nn
 
+
+SCORES = "scores.safetensors"
+NEURONS = "neurons.json"
 
 _MODEL = "model_identity"
 
@@ -89,6 +94,23 @@ def _load(file: str, scores: NeuronScores, model: str | None) -> NeuronSet:
                 "model, or score.modules leaves them out."
             )
     return chosen
+
+
+def load_selection(path: Path) -> NeuronSet | NeuronScores:
+    """Neurons that were chosen, or scores to choose by: a file of either, or an adapter's folder.
+
+    Raises:
+        NeuronError: it is none of these, or cannot be read.
+        AdapterError: the adapter is incomplete.
+    """
+    if path.is_dir():
+        neurons = read_config(path).get("neurons")
+        if not isinstance(neurons, Mapping):
+            raise NeuronError(f"{path}: is an adapter without neurons; give one that NeFT trained.")
+        return NeuronSet.from_dict(neurons, where=str(path))
+    if path.suffix == ".safetensors":
+        return NeuronScores.load(path)
+    return NeuronSet.load(path)
 
 
 def resolved_lora(recipe: Recipe) -> LoraSection | None:

@@ -7,6 +7,7 @@
     select     which neurons are trained (step 3)
     train      the base model again, of which only those neurons change (step 4)
     evaluate   the trained model on the test split, beside the base model
+    analysis   what training did to the neurons, if the recipe asks for it
 
 Methods that need no neurons go without warmup, score and select; neurons that are drawn at random or
 come from a file, without warmup and score.
@@ -17,27 +18,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from neft.checkpoints import open_weights
 from neft.models import load_model
 from neft.neurons import NeuronScores, NeuronSet
-from neft.pipeline.adapter import load_adapter, read_config
+from neft.pipeline.adapter import load_adapter, load_trained, read_config
+from neft.pipeline.analyze import analyze
 from neft.pipeline.evaluate import evaluate
 from neft.pipeline.identity import data_identity, folder_identity, model_identity
 from neft.pipeline.prepare import prepare
 from neft.pipeline.results import collect_results
-from neft.pipeline.selection import choose, resolved_lora, unscored
+from neft.pipeline.selection import NEURONS, SCORES, choose, resolved_lora, unscored
 from neft.pipeline.stage import Stage
 from neft.recipe import DataSection, Recipe, WarmupSection
 from neft.sft.methods import find_method
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-SCORES = "scores.safetensors"
-NEURONS = "neurons.json"
 
 _Folders: TypeAlias = Mapping[str, Path]
 
@@ -49,7 +44,8 @@ def stage_names(recipe: Recipe) -> list[str]:
         assert recipe.select is not None
         names += ["warmup", "score"] if recipe.select.needs_scores else []
         names.append("select")
-    return [*names, "train", "evaluate"]
+    names += ["train", "evaluate"]
+    return names if recipe.analysis is None else [*names, "analysis"]
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -93,6 +89,11 @@ def evaluation_stage(name: str, recipe: Recipe, adapter: Path | None) -> Stage:
     return Stage(name, 1, ingredients, (), run)
 
 
+def analysis_stage(recipe: Recipe) -> Stage:
+    """The stage ``analysis`` of a recipe that has that section."""
+    return _analysis(recipe, _Content(recipe))
+
+
 def needs_neurons(recipe: Recipe) -> bool:
     """Whether the recipe's method trains chosen neurons."""
     return find_method(recipe.train.method).needs_neurons
@@ -129,7 +130,7 @@ class _Content:
         """What the warm-up depends on."""
         options = self._recipe.warmup
         assert options is not None
-        elsewhere = ("train", "dev", "seed")
+        elsewhere = ("train", "dev", "train_limit", "seed")
         fields = self.section("warmup", without=(*self._NO_INGREDIENTS, *elsewhere))
         data = options.data_of(self._recipe.data)
         return self._learning(data, options.seed_of(self._recipe.seed)) | fields
@@ -149,7 +150,7 @@ class _Content:
             "data.train": data_identity(data.train, "data.train"),
             "data.dev": data_identity(data.dev, "data.dev"),
         }
-        return self.model | fields | sources | {"seed": seed}
+        return self.model | fields | sources | {"data.train_limit": data.train_limit, "seed": seed}
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -179,6 +180,19 @@ class _Content:
         return fields
 
     @property
+    def analysis(self) -> dict[str, Any]:
+        """What the analysis depends on, beside the stages it reads."""
+        options = self._recipe.analysis
+        assert options is not None
+        fields = self.model | self.testing | self.section("analysis")
+        fields["data.dev"] = data_identity(self._recipe.data.dev, "data.dev")
+        fields["analysis.overlap_with"] = {
+            name: data_identity(file, f"analysis.overlap_with.{name}")
+            for name, file in options.overlap_with.items()
+        }
+        return fields
+
+    @property
     def everything(self) -> dict[str, Any]:
         """The whole recipe, and the content of all files."""
         files = self.training | self.testing
@@ -186,6 +200,8 @@ class _Content:
             files["warmup"] = self.warmup
         if needs_neurons(self._recipe):
             files["selection"] = self.selection
+        if self._recipe.analysis is not None:
+            files["analysis"] = self.analysis
         return {"recipe": self._fields, "files": files}
 
 
@@ -261,10 +277,19 @@ def _train(recipe: Recipe, content: _Content) -> Stage:
 
 def _evaluate(recipe: Recipe, content: _Content) -> Stage:
     def run(working: Path, inputs: _Folders) -> None:
-        evaluate(_load_trained(recipe, inputs["train"]), recipe, working)
+        evaluate(load_trained(recipe, inputs["train"]), recipe, working)
         collect_results(recipe.train.method, inputs["baseline"], inputs["train"], working)
 
     return Stage("evaluate", 1, content.testing, ("baseline", "train"), run)
+
+
+def _analysis(recipe: Recipe, content: _Content) -> Stage:
+    def run(working: Path, inputs: _Folders) -> None:
+        analyze(recipe, inputs, working)
+
+    earlier = ("score", "select", "baseline", "train", "evaluate")
+    reads = tuple(name for name in earlier if name in stage_names(recipe))
+    return Stage("analysis", 1, content.analysis, reads, run, resumable=True, derived=True)
 
 
 _MAKERS: dict[str, Callable[[Recipe, _Content], Stage]] = {
@@ -275,6 +300,7 @@ _MAKERS: dict[str, Callable[[Recipe, _Content], Stage]] = {
     "select": _select,
     "train": _train,
     "evaluate": _evaluate,
+    "analysis": _analysis,
 }
 
 
@@ -308,10 +334,3 @@ def _train_on(recipe: Recipe, neurons: NeuronSet | None, folder: Path) -> None:
         folder=folder,
     )
     gc.collect()
-
-
-def _load_trained(recipe: Recipe, train: Path) -> PreTrainedModel | PeftModel:
-    if find_method(recipe.train.method).makes_adapter:
-        return load_adapter(load_model(recipe.model), train / "adapter")
-    tuned = {"path": str(train / "model"), "revision": None}
-    return load_model(recipe.model.model_copy(update=tuned))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by most colour-blind readers, as are the markers without colours.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PANEL_INCHES = (4.2, 3.4)
 _MAX_COLUMNS = 3
 
@@ -56,7 +56,9 @@ def draw_scores(stem: Path, panels: Sequence[Panel], title: str | None) -> list[
     Returns:
         The files: ``stem.png`` and ``stem.svg``.
     """
-    figure = _new_figure(len(panels))
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = new_figure(len(panels))
     for position, panel in enumerate(panels):
         axes: Axes = figure.axes[position]
         for number, (name, points) in enumerate(panel.series.items()):
@@ -67,8 +69,8 @@ def draw_scores(stem: Path, panels: Sequence[Panel], title: str | None) -> list[
                 [point.mean for point in points],
                 [point.spread or 0.0 for point in points],
                 label=name,
-                color=_COLOURS[number % len(_COLOURS)],
-                marker=_MARKERS[number % len(_MARKERS)],
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
                 linewidth=1.4,
                 markersize=5,
                 capsize=3,
@@ -76,14 +78,17 @@ def draw_scores(stem: Path, panels: Sequence[Panel], title: str | None) -> list[
         if panel.base is not None:
             axes.axhline(panel.base, color="grey", linestyle=":", linewidth=1.2, label="base model")
         axes.set_xscale("log")
-        axes.set_title(panel.title)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(panel.title, fontsize="medium")
         axes.set_xlabel("trained parameters (millions)")
         axes.set_ylabel(panel.metric)
         axes.grid(alpha=0.3)
     _draw_legend(figure)
     if title is not None:
-        figure.suptitle(title)
-    return _save(figure, stem)
+        figure.suptitle(title, fontsize="medium")
+    return save_figure(figure, stem)
 
 
 def _draw_legend(figure: Figure) -> None:
@@ -100,7 +105,8 @@ def _draw_legend(figure: Figure) -> None:
     )
 
 
-def _new_figure(num_panels: int) -> Figure:
+def new_figure(num_panels: int) -> Figure:
+    """A figure of some panels, none of them drawn yet."""
     # Not pyplot: it keeps state, and wants a display on some machines.
     from matplotlib.figure import Figure
 
@@ -113,7 +119,8 @@ def _new_figure(num_panels: int) -> Figure:
     return figure
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write ``stem.png`` and ``stem.svg``, the same bytes for the same figure."""
     from matplotlib import rc_context
 
     files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]

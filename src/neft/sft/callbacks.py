@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from neft.sft.memory import peak_memory, reset_peak_memory
 from neft.sft.resume import checkpoint_folder, discard_superseded, link_weights, seal
 
 
@@ -41,20 +42,24 @@ class SealCheckpoints(TrainerCallback):
             discard_superseded(checkpoints, state.best_global_step, state.global_step)
 
 
-class TimeSteps(TrainerCallback):
-    """Writes the ``seconds`` of every optimizer step beside its loss in the history."""
+class MeasureSteps(TrainerCallback):
+    """Writes ``seconds`` and ``peak_bytes`` of every optimizer step beside its loss in the history."""
 
     def on_step_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        reset_peak_memory()
         self._begun = time.perf_counter()
 
     def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         self._seconds = time.perf_counter() - self._begun
+        self._peak = peak_memory()
 
     def on_log(
         self, _args: Any, state: TrainerState, _control: Any, logs: dict[str, float], **_: Any
     ) -> None:
         if "loss" in logs:
             state.log_history[-1]["seconds"] = self._seconds
+            if self._peak is not None:
+                state.log_history[-1]["peak_bytes"] = self._peak
 
 
 class StopOnSignal(TrainerCallback):

@@ -30,7 +30,7 @@ from neft.files import file_identity, write_json
 from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.neurons import NeuronSet
 from neft.recipe import DataSection, LoraSection, ModelSection, TrainingSection
-from neft.sft.callbacks import SealCheckpoints, ShowProgress, StopOnSignal, TimeSteps
+from neft.sft.callbacks import MeasureSteps, SealCheckpoints, ShowProgress, StopOnSignal
 from neft.sft.data import Split, load_examples
 from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.prompts import Encoded, encode_all
@@ -63,6 +63,8 @@ class TrainingResult:
     """Mean loss of a target token, in nats."""
     seconds_per_step: float
     """Median over the optimizer steps."""
+    peak_memory_bytes: int | None
+    """During a step: on the accelerator, else of the whole process; ``None`` where nobody can tell."""
     num_trainable: int
     num_parameters: int
     """Of the base model."""
@@ -283,7 +285,7 @@ def _train(run: _Run) -> None:
     with quiet_transformers(), StopOnSignal() as stop, ShowProgress() as shown:
         trainer = _set_up(run, last)
         folders = {step: run.folder / SNAPSHOTS / str(step) for step in run.snapshots}
-        for callback in (SealCheckpoints(folders), TimeSteps(), stop, shown):
+        for callback in (SealCheckpoints(folders), MeasureSteps(), stop, shown):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -437,6 +439,7 @@ def _publish(run: _Run) -> None:
             "best_step": state["best_global_step"],
             "best_dev_loss": state["best_metric"],
             "seconds_per_step": statistics.median(entry["seconds"] for entry in steps),
+            "peak_memory_bytes": max(entry.get("peak_bytes", 0) for entry in steps) or None,
             "examples": {"train": run.train.counts, "dev": run.dev.counts},
             "versions": {"neft": neft.__version__}
             | {package: version(package) for package in ("torch", "transformers", "peft", "trl")},
@@ -463,6 +466,7 @@ def _result(record: Path) -> TrainingResult:
         best_step=fields["best_step"],
         best_dev_loss=fields["best_dev_loss"],
         seconds_per_step=fields["seconds_per_step"],
+        peak_memory_bytes=fields["peak_memory_bytes"],
         num_trainable=fields["num_trainable"],
         num_parameters=fields["num_parameters"],
         history=fields["history"],

@@ -1,0 +1,36 @@
+"""The most memory that training has used: on the accelerator where there is one, else of the process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
+# What the kernel understands as: forget the highest use so far (proc(5)).
+_FORGET_PEAK = "5"
+
+
+def reset_peak_memory() -> None:
+    """Begin a new measurement."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif _can_reset():
+        _RESET.write_text(_FORGET_PEAK)
+
+
+def peak_memory() -> int | None:
+    """Bytes since ``reset_peak_memory``; ``None`` on platforms that cannot tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if not _can_reset():
+        return None
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    found = next(line for line in lines if line.startswith("VmHWM:"))
+    return int(found.split()[1]) * 1024
+
+
+def _can_reset() -> bool:
+    return os.access(_RESET, os.W_OK)

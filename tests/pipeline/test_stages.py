@@ -70,6 +70,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
         ("select.percent", 6, ["prepare", "select", "train", "evaluate"]),
         ("select.which", "highest", ["prepare", "select", "train", "evaluate"]),
         ("select.reversed_percent", 3, ["prepare", "select", "train", "evaluate"]),
+        ("warmup.train_limit", 5, LEARNING),
         ("warmup.seed", 0, ["prepare"]),
         ("warmup.seed", 1, LEARNING),
         ("train.group_by_length", True, ["prepare", "train", "evaluate"]),
@@ -116,6 +117,36 @@ def test_neurons_of_other_data(fields, tmp_path) -> None:
     assert changed(before, fingerprints(fields)) == LEARNING
     fields["warmup"]["train"] = fields["data"]["train"]
     assert changed(before, fingerprints(fields)) == ["prepare"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("analysis.limit", 7),
+        ("analysis.causal", False),
+        ("data.dev_limit", 5),
+        ("data.max_length", 99),
+        ("data.test_limit", 5),
+        ("evaluate.batch_size", 3),
+        ("train.learning_rate", 0.5),
+    ],
+)
+def test_what_the_analysis_depends_on(fields, place: str, value: object) -> None:
+    fields["analysis"] = {}
+    before = fingerprints(fields)
+    assert list(before) == [*ALL, "analysis"]
+    section, key = place.split(".")
+    fields[section][key] = value
+    assert fingerprints(fields)["analysis"] != before["analysis"]
+
+
+def test_an_analysis_is_the_only_stage_that_its_section_touches(fields) -> None:
+    before = fingerprints(fields)
+    fields["analysis"] = {"limit": 7}
+    after = fingerprints(fields)
+    assert changed(before, after) == ["prepare"]
+    del after["analysis"]
+    assert list(after) == list(before)
 
 
 def test_random_neurons_need_no_warmup(fields) -> None:

@@ -265,7 +265,7 @@ def test_without_analysis_the_scores_remain(run_data: RunData, run_folder: Path)
     page = render_report(replace(run_data, tables={}, recipe=recipe))
     assert set(payload(page)["columns"]) == {"layer", "role", "index", "distance"}
     assert len(Elements(page).all("svg")) == 3
-    assert f"neft run {run_folder}/prepare/recipe.yaml --set &#39;analysis={{}}&#39;" in gaps(page)
+    assert f"neft analyze ranks {run_folder}" in gaps(page)
     assert "--set &#39;analysis={causal: true}&#39;" in gaps(page)
     assert "--set &#39;analysis={overlap_with: {NAME: FILE}}&#39;" in gaps(page)
 
@@ -401,7 +401,7 @@ def comparison(folder: Path, num_seeds: int = 2) -> Path:
         "rows": [row, failed],
     }
     results = {
-        "comparison": {"model": {"path": "models/tiny"}, "figures": []},
+        "comparison": {"model": {"path": "models/tiny"}, "figures": [{"file": "figure"}]},
         "provenance": {
             "model": "content:a1",
             "machine": {"cores": 2},
@@ -433,8 +433,35 @@ def test_a_comparison(tmp_path: Path) -> None:
     alternative = elements.all("img")[0][0]["alt"]
     assert alternative is not None
     assert "10.1 ± 0.4 with 0.0018 million" in alternative
-    assert "neft run RECIPE" in gaps(page)
+    assert "has the highest BLEU, 10.1 ± 0.4, significantly above every other complete row" in page
+    assert "neft compare RECIPE --set &#39;analysis={}&#39;" in gaps(page)
     assert "1 training failed; see" in page
+
+
+def test_a_comparison_with_analyses(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "compared")
+    row = {
+        "name": HOSTILE,
+        "average_rank_change": 1234.4,
+        "spread": 56.0,
+        "by_role": {"up": 1000.0, "down": 1500.0},
+        "strong": 12.5,
+        "suppressed": 7.0,
+        "indirect": 3.0,
+        "change": 0.0721,
+    }
+    task = {"task": "en-fr", "num_neurons": 92160, "unrelated": 15360.0, "rows": [row]}
+    (folder / "neurons.json").write_text(json.dumps({"tasks": [task]}))
+    (folder / "en-fr-neurons-buckets.png").write_bytes(base64.b64decode(_DOT))
+    page = render_report(read_run(folder))
+    elements = Elements(page)
+    for shown in ("1,234 ± 56", "1,500", "12", "7.2%"):
+        assert shown in elements.texts("td")
+    assert HOSTILE in elements.texts("th")
+    assert len(elements.all("script")) == 1
+    alternatives = [image["alt"] for image, _ in elements.all("img")]
+    assert any("Figure 3" in str(text) and "1,234" in str(text) for text in alternatives)
+    assert "analysis={}" not in gaps(page)
 
 
 def test_neurons_without_scores_have_no_histogram(run_data: RunData) -> None:

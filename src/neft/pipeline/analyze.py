@@ -52,7 +52,7 @@ OVERLAP = "overlap.csv"
 
 _OWN = "this run"
 # Roles whose neuron n belongs to unit n of a feed-forward network.
-_ROLES_OF_UNITS = ("up", "gate", "down")
+_ROLES_OF_UNITS = ("up", "gate", "gate_up", "down")
 
 
 def analyze(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:

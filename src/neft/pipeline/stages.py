@@ -184,7 +184,8 @@ class _Content:
         """What the analysis depends on, beside the stages it reads."""
         options = self._recipe.analysis
         assert options is not None
-        fields = self.model | self.testing | self.section("analysis")
+        fields = self.section("data", without=(*self._SOURCES, "train_limit"))
+        fields |= self.model | self.testing | self.section("analysis")
         fields["data.dev"] = data_identity(self._recipe.data.dev, "data.dev")
         fields["analysis.overlap_with"] = {
             name: data_identity(file, f"analysis.overlap_with.{name}")

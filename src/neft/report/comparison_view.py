@@ -30,7 +30,7 @@ def comparison_page(comparison: ComparisonData, folder: str) -> Page:
         sections.append(Section("results", "Results", "Results", [gap]))
     if comparison.figures:
         sections.append(Section("figures", "Figures", "Figures", list(_figures(comparison, tasks))))
-    sections.append(Section("neurons", "Neurons", "Neurons", [_NEURONS]))
+    sections.append(Section("neurons", "Neurons", "Neurons", list(_neurons(comparison))))
     sections.append(
         Section(
             "provenance",
@@ -55,11 +55,64 @@ def comparison_page(comparison: ComparisonData, folder: str) -> Page:
     )
 
 
-_NEURONS = Gap(
-    "A comparison keeps no account of single neurons. Write one of its rows as a recipe of its own, with "
-    "an analysis section, and report on that run:",
-    "neft run RECIPE --set 'analysis={}' && neft report RUN",
-)
+def _neurons(comparison: ComparisonData) -> Iterator[Block]:
+    if comparison.neurons is None:
+        yield Gap(
+            "Nobody has looked at what the methods did to the neurons. A section analysis does:",
+            "neft compare RECIPE --set 'analysis={}'",
+        )
+        return
+    for task in comparison.neurons["tasks"]:
+        roles = list(task["rows"][0]["by_role"])
+        yield Cells(
+            f"{task['task']}: how far the order of {task['num_neurons']:,} neurons by utilization moved",
+            [
+                "method",
+                "average rank change",
+                *roles,
+                "strongly affected",
+                "suppressed",
+                "indirectly affected",
+                "change of trained vectors",
+            ],
+            [_neuron_row(row) for row in task["rows"]],
+            notes=[
+                "Against the base model; unrelated orders would differ by "
+                f"{task['unrelated']:,.0f} ranks."
+            ],
+        )
+        for part, caption in _NEURON_FIGURES.items():
+            png = comparison.figures.get(f"{task['task']}-neurons-{part}.png")
+            if png is not None:
+                words = ", ".join(
+                    f"{row['name']} {row['average_rank_change']:,.0f}" for row in task["rows"]
+                )
+                yield _picture(png, f"{task['task']}: {caption}", f"Average rank change: {words}.")
+
+
+_NEURON_FIGURES = {
+    "buckets": "mean rank change by percentile of rank in the base model (the paper's Figure 3)",
+    "pairs": "average rank change to the reference method (Figure 5)",
+    "affected": "strongly affected, suppressed and indirectly affected neurons (Figure 6)",
+    "overlap": "what different warm-ups would choose (Table 5)",
+}
+
+
+def _neuron_row(row: Fields) -> list[str]:
+    spread = "" if row["spread"] is None else f" ± {row['spread']:,.0f}"
+    return [
+        row["name"],
+        f"{row['average_rank_change']:,.0f}{spread}",
+        *(f"{value:,.0f}" for value in row["by_role"].values()),
+        *(f"{row[kind]:,.0f}" for kind in ("strong", "suppressed", "indirect")),
+        f"{100 * row['change']:.1f}%",
+    ]
+
+
+def _picture(png: bytes, title: str, words: str) -> Picture:
+    data = base64.b64encode(png).decode("ascii")
+    # Markup.format escapes what it is given.
+    return Picture(_FIGURE.format(data, f"{title}. {words}"), title, title)
 
 
 def _model(comparison: ComparisonData) -> str:
@@ -75,10 +128,17 @@ def _summary(tasks: Sequence[Fields]) -> str:
         if best is not None:
             sentences.append(
                 f"{task['task']}: {best['name']} has the highest {metric}, "
-                f"{_mean(best['metrics'][metric])}; base model "
+                f"{_mean(best['metrics'][metric])}{_standing(best['metrics'][metric])}; base model "
                 f"{task['base']['scores'][metric]['score']:.1f}."
             )
     return " ".join(sentences)
+
+
+def _standing(summary: Fields) -> str:
+    """Whether the highest mean is more than chance: ``neft compare`` has tested it."""
+    if summary.get("is_best"):
+        return ", significantly above every other complete row"
+    return ", but not significantly above every other row"
 
 
 def _tiles(tasks: Sequence[Fields]) -> Iterator[Tile]:
@@ -142,17 +202,13 @@ def _memory(seeds: Sequence[Fields]) -> str:
 
 
 def _figures(comparison: ComparisonData, tasks: Sequence[Fields]) -> Iterator[Block]:
-    titles = {
-        entry.get("file"): entry.get("title")
-        for entry in comparison.results.get("comparison", {}).get("figures", [])
-    }
+    entries = comparison.results.get("comparison", {}).get("figures", [])
+    titles = {entry["file"]: entry.get("title") for entry in entries}
     words = " ".join(_points(task) for task in tasks)
-    for file, png in comparison.figures.items():
-        title = titles.get(file.removesuffix(".png")) or file
-        data = base64.b64encode(png).decode("ascii")
-        # Markup.format escapes what it is given.
-        image = _FIGURE.format(data, f"{title}. {words}")
-        yield Picture(image, f"{title}: score against the number of trained parameters.", title)
+    for name, title in titles.items():
+        png = comparison.figures.get(f"{name}.png")
+        if png is not None:
+            yield _picture(png, f"{title or name}: score against trained parameters", words)
 
 
 def _points(task: Fields) -> str:

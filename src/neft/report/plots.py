@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Stands for the user's own recipe where the run has not kept it yet.
 RECIPE = "RECIPE"
 _ANALYSIS = "analysis"
+_ANALYSIS_ALONE = "analysis={}"
 _CAUSAL = "analysis.causal=true"
 _OVERLAP = "analysis.overlap_with={NAME: FILE}"
 
@@ -94,6 +95,8 @@ def analysis_setting(run: RunData, needs: str) -> str:
 
 def run_command(run: RunData, setting: str = "") -> str:
     """The command that brings the run to its end, with a setting of its recipe replaced."""
+    if setting == _ANALYSIS_ALONE and run.results is not None:
+        return shlex.join(["neft", "analyze", "ranks", run.folder])
     recipe = RECIPE if run.recipe_yaml is None else str(Path(run.folder, "prepare", "recipe.yaml"))
     return shlex.join(["neft", "run", recipe, *(["--set", setting] if setting else [])])
 

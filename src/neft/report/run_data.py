@@ -61,6 +61,8 @@ class ComparisonData:
 
     results: Fields
     """The content of ``results.json``."""
+    neurons: Fields | None = None
+    """The content of ``neurons.json``."""
     figures: Mapping[str, bytes] = field(default_factory=dict)
     """File name -> PNG."""
     recipe_yaml: str = ""
@@ -192,6 +194,7 @@ def _samples(before: Path | None, after: Path | None) -> list[Sample]:
 def _read_comparison(folder: Path) -> ComparisonData:
     return ComparisonData(
         results=_read_json(folder / "results.json"),
+        neurons=_read_json(neurons) if (neurons := folder / "neurons.json").is_file() else None,
         figures={file.name: file.read_bytes() for file in sorted(folder.glob("*.png"))},
         recipe_yaml=(folder / "comparison.yaml").read_text(encoding="utf-8"),
     )

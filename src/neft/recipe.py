@@ -367,7 +367,8 @@ class AnalysisSection(Section):
     """What training did to the neurons (paper, section 6, and beyond): see ``neft.analysis``."""
 
     limit: Count = 100
-    """Examples of the test split that are read, and of the development split for the causal test."""
+    """Examples of the test split that are read; for the causal test, as many of the development split and
+    of the general texts."""
     max_length: Count = 256
     """Tokens of a text that are read; the rest is cut off."""
     lens_tokens: Count = 5

@@ -15,7 +15,7 @@ from neft.analysis.table import Table
 from neft.checkpoints import open_weights
 from neft.cli import app
 from neft.errors import UsageError
-from neft.evaluation import target_loss
+from neft.evaluation import target_loss, text_loss
 from neft.models import load_model, load_tokenizer
 from neft.neurons import NeuronScores, NeuronSet
 from neft.pipeline import analyze as tables
@@ -154,6 +154,28 @@ def test_a_recipe_with_the_section_runs_it(finished, tiny_recipe, tmp_path) -> N
     first = Table.load(folder / tables.OVERLAP).rows()[0]
     assert (first["a"], first["b"]) == ("this run", "chance")
     assert first["share"] == chosen.overlap(random)
+
+
+def test_the_causal_test_reads_as_many_general_texts(tiny_recipe, tmp_path) -> None:
+    texts = [f"some text, number {number}" for number in range(5)]
+    (tmp_path / "general.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
+    settings = [
+        f"evaluate.general={{text: {tmp_path / 'general.jsonl'}}}",
+        "analysis={limit: 2, contexts: 0}",
+    ]
+    recipe = load_recipe(tiny_recipe(tmp_path), settings)
+    run(recipe, say=nothing)
+    first = Table.load(tmp_path / "run" / "analysis" / tables.CAUSAL).rows()[0]
+    expected = text_loss(
+        load_merged(recipe, tmp_path / "run" / "train"),
+        load_tokenizer(recipe.model),
+        texts[:2],
+        max_length=256,
+        batch_size=2,
+    )
+    assert first["general_loss"] == pytest.approx(expected.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

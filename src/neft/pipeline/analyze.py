@@ -217,7 +217,7 @@ class _Subject:
         return encoded.input_ids, encoded.labels
 
     def general_loss(self, model: Any) -> float:
-        """Mean loss of a token of the recipe's general text, in nats."""
+        """Mean loss of a token of the first of the recipe's general texts, in nats."""
         general = self.recipe.evaluate.general
         assert general is not None
         return text_loss(
@@ -232,7 +232,7 @@ class _Subject:
     def _general_texts(self) -> list[str]:
         general = self.recipe.evaluate.general
         assert general is not None
-        return load_texts(general)
+        return load_texts(general)[: self.options.limit]
 
 
 def _neurons(subject: _Subject) -> dict[str, Table]:

@@ -227,3 +227,50 @@ def test_threads_change_nothing(finished, tmp_path) -> None:
     np.testing.assert_allclose(
         np.asarray(whole["utilization_after"]), np.asarray(again["utilization_after"]), rtol=1e-5
     )
+
+
+def test_the_report_shows_what_was_found(finished, tmp_path) -> None:
+    page = tmp_path / "report.html"
+    shown = CliRunner().invoke(app, ["report", str(finished / "run"), "-o", str(page)])
+    assert shown.exit_code == 0, shown.output
+    text = page.read_text()
+    table = Table.load(finished / "run" / "analysis" / tables.NEURON_TABLE)
+    average = table.about["average_rank_change"]["all"]
+    assert f"all {average:,.0f} (" in text  # in the words of Figure 5
+    assert "lowest 25% by cosine" in text
+    assert "neft analyze" not in text  # no gap
+
+
+@pytest.mark.parametrize("name", ["training", "neurons", "scores", "figure3", "figure6", "causal"])
+def test_figures_by_name(finished, tmp_path, name: str) -> None:
+    stem = tmp_path / "drawn"
+    shown = CliRunner().invoke(app, ["plot", name, str(finished / "run"), "-o", str(stem)])
+    assert shown.exit_code == 0, shown.output
+    assert stem.with_suffix(".png").stat().st_size > 1000
+    assert stem.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_an_unknown_figure_lists_those_that_are_known(finished) -> None:
+    shown = CliRunner().invoke(app, ["plot", "figure9", str(finished / "run")])
+    assert shown.exit_code == 2
+    assert "figure3" in shown.stderr
+
+
+def test_overlap_of_files_on_the_command_line(finished, tmp_path) -> None:
+    run_folder = finished / "run"
+    scores = run_folder / "score" / "scores.safetensors"
+    chosen = run_folder / "select" / "neurons.json"
+    adapter = run_folder / "train" / "adapter"
+    files = (chosen, adapter, scores)
+    output = tmp_path / "overlap.csv"
+    shown = CliRunner().invoke(
+        app,
+        ["analyze", "overlap", *map(str, files), "--percent", "9", "-o", str(output), "--json"],
+    )
+    assert shown.exit_code == 0, shown.output
+    rows = json.loads(shown.stdout)
+    assert all(row["share"] == 1 for row in rows)
+    assert len(Table.load(output)) == len(rows) == 6
+    refused = CliRunner().invoke(app, ["analyze", "overlap", str(chosen)])
+    assert refused.exit_code == 2
+    assert "two or more" in refused.stderr

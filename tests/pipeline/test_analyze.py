@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from neft.analysis import files as tables
 from neft.analysis.table import Table
 from neft.checkpoints import open_weights
 from neft.cli import app
@@ -18,7 +19,6 @@ from neft.errors import UsageError
 from neft.evaluation import target_loss, text_loss
 from neft.models import load_model, load_tokenizer
 from neft.neurons import NeuronScores, NeuronSet
-from neft.pipeline import analyze as tables
 from neft.pipeline.adapter import load_merged
 from neft.pipeline.run import analyze, run
 from neft.recipe import load_recipe
@@ -26,7 +26,7 @@ from neft.sft.data import load_examples
 from neft.sft.prompts import encode_all
 
 ALL = {
-    tables.NEURON_TABLE,
+    tables.NEURONS,
     tables.BUCKETS,
     tables.ACTIVITY,
     tables.CONTEXTS,
@@ -63,7 +63,7 @@ def test_every_table_is_there(finished) -> None:
 
 
 def test_neurons_are_those_of_the_run(finished, recipe) -> None:
-    table = Table.load(finished / "run" / "analysis" / tables.NEURON_TABLE)
+    table = Table.load(finished / "run" / "analysis" / tables.NEURONS)
     neurons = NeuronSet.load(finished / "run" / "select" / "neurons.json")
     scores = NeuronScores.load(finished / "run" / "score" / "scores.safetensors")
     before = open_weights(recipe.model.path)
@@ -124,9 +124,9 @@ def test_an_attempt_that_was_cut_off_goes_on(finished, tmp_path, monkeypatch) ->
             analyze(folder, say=nothing)
     partial = folder / ".analysis.partial"
     assert made(partial) == ALL - {tables.LENS, tables.CAUSAL}
-    kept = (partial / tables.NEURON_TABLE).stat().st_mtime_ns
+    kept = (partial / tables.NEURONS).stat().st_mtime_ns
     analyze(folder, say=nothing)
-    assert (folder / "analysis" / tables.NEURON_TABLE).stat().st_mtime_ns == kept
+    assert (folder / "analysis" / tables.NEURONS).stat().st_mtime_ns == kept
     for name in ALL:
         whole, resumed = (
             Table.load(place / "analysis" / name) for place in (finished / "run", folder)
@@ -185,7 +185,7 @@ def test_methods_that_choose_no_neurons(tiny_recipe, tmp_path, method: str) -> N
     run(load_recipe(tiny_recipe(tmp_path), settings), say=nothing)
     folder = tmp_path / "run" / "analysis"
     assert made(folder) == ALL - {tables.CAUSAL}
-    table = Table.load(folder / tables.NEURON_TABLE)
+    table = Table.load(folder / tables.NEURONS)
     assert "distance" not in table.columns
     assert np.asarray(table["trained"]).all()
     assert (np.asarray(table["change"]) > 0).all()
@@ -221,8 +221,7 @@ def test_threads_change_nothing(finished, tmp_path) -> None:
     finally:
         torch.set_num_threads(threads)
     whole, again = (
-        Table.load(place / "run" / "analysis" / tables.NEURON_TABLE)
-        for place in (finished, tmp_path)
+        Table.load(place / "run" / "analysis" / tables.NEURONS) for place in (finished, tmp_path)
     )
     np.testing.assert_allclose(
         np.asarray(whole["utilization_after"]), np.asarray(again["utilization_after"]), rtol=1e-5
@@ -234,7 +233,7 @@ def test_the_report_shows_what_was_found(finished, tmp_path) -> None:
     shown = CliRunner().invoke(app, ["report", str(finished / "run"), "-o", str(page)])
     assert shown.exit_code == 0, shown.output
     text = page.read_text()
-    table = Table.load(finished / "run" / "analysis" / tables.NEURON_TABLE)
+    table = Table.load(finished / "run" / "analysis" / tables.NEURONS)
     average = table.about["average_rank_change"]["all"]
     assert f"all {average:,.0f} (" in text  # in the words of Figure 5
     assert "lowest 25% by cosine" in text

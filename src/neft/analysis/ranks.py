@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from neft.analysis.matching import check_same_projections
 from neft.analysis.neuron_columns import by_module, concatenated
 from neft.analysis.table import Table
-from neft.analysis.utilization import Utilization
 from neft.errors import NeuronError
 from neft.neurons import Indices, NeuronSet, Projection
+
+if TYPE_CHECKING:
+    from neft.analysis.utilization import Utilization
 
 THRESHOLD = Fraction(100_000, 352_256)
 """Change of rank, as a share of the list, above which a neuron is strongly affected: in the paper's

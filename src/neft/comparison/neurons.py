@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neft.analysis import files
 from neft.analysis.overlap import overlap_table
 from neft.analysis.ranks import EDGES
 from neft.analysis.table import Table
 from neft.comparison.cells import Cell, Cells
 from neft.comparison.plan import Plan
 from neft.neurons import NeuronScores
-from neft.pipeline.analyze import CAUSAL, NEURON_TABLE
 from neft.pipeline.selection import SCORES
 
 PERCENTS = (3, 6, 9, 12)
@@ -98,7 +98,7 @@ def _folder(cells: Cells, cell: Cell, stage: str) -> Path | None:
 
 def _task(cells: Cells, task: str, analysed: Mapping[str, Sequence[Cell]]) -> TaskNeurons:
     tables = {
-        name: {cell.seed: _load(cells, cell, NEURON_TABLE) for cell in of_row}
+        name: {cell.seed: _load(cells, cell, files.NEURONS) for cell in of_row}
         for name, of_row in analysed.items()
     }
     first = next(iter(next(iter(tables.values())).values()))
@@ -114,9 +114,9 @@ def _task(cells: Cells, task: str, analysed: Mapping[str, Sequence[Cell]]) -> Ta
         ),
         selections=tuple(_selections(cells, analysed).rows()),
         causal={
-            name: _load(cells, of_row[0], CAUSAL).rows()
+            name: _load(cells, of_row[0], files.CAUSAL).rows()
             for name, of_row in analysed.items()
-            if (_analysis(cells, of_row[0]) / CAUSAL).exists()
+            if (_analysis(cells, of_row[0]) / files.CAUSAL).exists()
         },
     )
 

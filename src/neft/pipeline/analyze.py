@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neft.analysis import files
 from neft.analysis.activity import ActivityCollector, UnitActivity, activity_table
 from neft.analysis.causal import causal, groups
 from neft.analysis.changes import neuron_changes
@@ -41,14 +42,6 @@ from neft.sft.prompts import encode, encode_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-NEURON_TABLE = "neurons.parquet"
-BUCKETS = "buckets.csv"
-ACTIVITY = "activity.parquet"
-LENS = "lens.parquet"
-CONTEXTS = "contexts.parquet"
-CAUSAL = "causal.csv"
-OVERLAP = "overlap.csv"
 
 _OWN = "this run"
 # Roles whose neuron n belongs to unit n of a feed-forward network.
@@ -270,17 +263,17 @@ def _neurons(subject: _Subject) -> dict[str, Table]:
         "counts": affected.counts,
     }
     return {
-        NEURON_TABLE: Table(neuron_columns(projections) | subject.changes | columns, about),
-        BUCKETS: rank_buckets(ranks),
+        files.NEURONS: Table(neuron_columns(projections) | subject.changes | columns, about),
+        files.BUCKETS: rank_buckets(ranks),
     }
 
 
 def _activity(subject: _Subject) -> dict[str, Table]:
-    found = {ACTIVITY: activity_table(subject.before.activity, subject.after.activity)}
+    found = {files.ACTIVITY: activity_table(subject.before.activity, subject.after.activity)}
     units = subject.most_changed(_ROLES_OF_UNITS, subject.options.context_units)
     if subject.options.contexts and len(units):
         tops = {"before": subject.before.tops, "after": subject.after.tops}
-        found[CONTEXTS] = contexts(tops, units, subject.tokenizer)
+        found[files.CONTEXTS] = contexts(tops, units, subject.tokenizer)
     return found
 
 
@@ -295,7 +288,7 @@ def _lens(subject: _Subject) -> dict[str, Table]:
         subject.tokenizer,
         k=subject.options.lens_tokens,
     )
-    return {LENS: table}
+    return {files.LENS: table}
 
 
 def _causal(subject: _Subject) -> dict[str, Table]:
@@ -305,7 +298,7 @@ def _causal(subject: _Subject) -> dict[str, Table]:
     if subject.recipe.evaluate.general is not None:
         measures["general"] = subject.general_loss
     restored = groups(subject.trained, subject.scores)
-    return {CAUSAL: causal(subject.trained_model, subject.original, restored, measures)}
+    return {files.CAUSAL: causal(subject.trained_model, subject.original, restored, measures)}
 
 
 def _overlap(subject: _Subject) -> dict[str, Table]:
@@ -318,14 +311,14 @@ def _overlap(subject: _Subject) -> dict[str, Table]:
         name: found if isinstance(found, NeuronSet) else found.select(count=len(subject.chosen))
         for name, found in sets.items()
     }
-    return {OVERLAP: overlap_table({_OWN: subject.chosen} | alike)}
+    return {files.OVERLAP: overlap_table({_OWN: subject.chosen} | alike)}
 
 
 _PARTS: Mapping[tuple[str, ...], Callable[[_Subject], Mapping[str, Table]]] = {
-    (NEURON_TABLE, BUCKETS): _neurons,
-    (ACTIVITY, CONTEXTS): _activity,
-    (LENS,): _lens,
-    (OVERLAP,): _overlap,
-    (CAUSAL,): _causal,
+    (files.NEURONS, files.BUCKETS): _neurons,
+    (files.ACTIVITY, files.CONTEXTS): _activity,
+    (files.LENS,): _lens,
+    (files.OVERLAP,): _overlap,
+    (files.CAUSAL,): _causal,
 }
 """Files -> what makes them, or those of them that apply to the run."""

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from neft.analysis import files
 from neft.analysis.table import Table
 from neft.errors import UsageError
-from neft.pipeline.analyze import ACTIVITY, BUCKETS, CAUSAL, LENS, NEURON_TABLE
 
 _SIDES = ("before", "after")
 
 
 def utilization(folder: Path, _limit: int) -> dict[str, Any]:
     """Mean utilization by layer and role."""
-    table = _load(folder, NEURON_TABLE)
+    table = _load(folder, files.NEURONS)
     layers, roles = np.asarray(table["layer"]), np.asarray(table["role"])
     values = {side: np.asarray(table[f"utilization_{side}"]) for side in _SIDES}
     rows = []
@@ -32,7 +32,7 @@ def utilization(folder: Path, _limit: int) -> dict[str, Any]:
 
 def ranks(folder: Path, _limit: int) -> dict[str, Any]:
     """Average rank change, the paper's three types, and Figure 3."""
-    table, buckets = _load(folder, NEURON_TABLE), _load(folder, BUCKETS)
+    table, buckets = _load(folder, files.NEURONS), _load(folder, files.BUCKETS)
     return _texts(table) | {
         "average rank change": table.about["average_rank_change"],
         "strongly affected": f"moved by more than {100 * table.about['threshold']:.1f}% of the list",
@@ -43,7 +43,7 @@ def ranks(folder: Path, _limit: int) -> dict[str, Any]:
 
 def activity(folder: Path, limit: int) -> dict[str, Any]:
     """The units whose mean activation changed most, relative to what it was."""
-    table = _load(folder, ACTIVITY)
+    table = _load(folder, files.ACTIVITY)
     before, after = (np.asarray(table[f"mean_{side}"]) for side in _SIDES)
     change = np.abs(after - before) / np.maximum(before, np.finfo(np.float64).tiny)
     most = np.argsort(-change, kind="stable")[:limit]
@@ -52,7 +52,7 @@ def activity(folder: Path, limit: int) -> dict[str, Any]:
 
 def lens(folder: Path, limit: int) -> dict[str, Any]:
     """What the out neurons that moved most promote and suppress."""
-    table = _load(folder, LENS)
+    table = _load(folder, files.LENS)
     rows = [
         {
             name: " ".join(map(repr, cell)) if isinstance(cell, list) else cell
@@ -65,7 +65,7 @@ def lens(folder: Path, limit: int) -> dict[str, Any]:
 
 def causal(folder: Path, _limit: int) -> dict[str, Any]:
     """The losses with groups of neurons put back."""
-    table = _load(folder, CAUSAL)
+    table = _load(folder, files.CAUSAL)
     return dict(table.about) | {"restored groups": table.rows()}
 
 

@@ -24,7 +24,6 @@ from neft.checkpoints import open_weights
 from neft.models import load_model
 from neft.neurons import NeuronScores, NeuronSet
 from neft.pipeline.adapter import load_adapter, load_trained, read_config
-from neft.pipeline.analyze import analyze
 from neft.pipeline.evaluate import evaluate
 from neft.pipeline.identity import data_identity, folder_identity, model_identity
 from neft.pipeline.prepare import prepare
@@ -286,6 +285,8 @@ def _evaluate(recipe: Recipe, content: _Content) -> Stage:
 
 def _analysis(recipe: Recipe, content: _Content) -> Stage:
     def run(working: Path, inputs: _Folders) -> None:
+        from neft.pipeline.analyze import analyze
+
         analyze(recipe, inputs, working)
 
     earlier = ("score", "select", "baseline", "train", "evaluate")

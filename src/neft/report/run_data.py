@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from neft.analysis import files
 from neft.analysis.table import Table
 from neft.errors import DataError, UsageError
 from neft.neurons import NeuronScores, NeuronSet
@@ -31,13 +32,13 @@ STAGES = (
 """Stages of a run, in order; each one fills a folder of its name."""
 
 TABLES = {
-    "neurons": "neurons.parquet",
-    "buckets": "buckets.csv",
-    "activity": "activity.parquet",
-    "lens": "lens.parquet",
-    "contexts": "contexts.parquet",
-    "causal": "causal.csv",
-    "overlap": "overlap.csv",
+    "neurons": files.NEURONS,
+    "buckets": files.BUCKETS,
+    "activity": files.ACTIVITY,
+    "lens": files.LENS,
+    "contexts": files.CONTEXTS,
+    "causal": files.CAUSAL,
+    "overlap": files.OVERLAP,
 }
 """Analysis -> its file in the folder ``analysis``."""
 

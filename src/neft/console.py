@@ -284,9 +284,13 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for column in rows[0]:
         table.add_column(column, justify="right")
     for row in rows:
-        cells = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        cells = (_number(cell) if isinstance(cell, float) else str(cell) for cell in row.values())
         table.add_row(*cells)
     return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _fields(fields: Mapping[str, str]) -> Table:

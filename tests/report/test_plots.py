@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neft.analysis.table import Table
 from neft.errors import UsageError
+from neft.report.neuron_figures import draw_causal
 from neft.report.plots import PLOTS, neuron_map, save_plot
 from neft.report.run_data import RunData
 
@@ -86,3 +88,13 @@ def test_average_rank_change_beside_chance(run_data: RunData) -> None:
     assert (
         f"up {average:,.0f} ({100 * average / chance:.1f}% of what unrelated" in drawn.alternative
     )
+
+
+def test_bands_of_layers_are_named_by_their_numbers() -> None:
+    rows = [("layers 0-2", 4, 0.5), ("layer 3", 2, 0.25)]
+    groups, counts, rises = zip(*rows, strict=True)
+    table = Table(
+        {"group": groups, "kind": ["layer"] * 2, "num_neurons": counts, "task_rise": rises}
+    )
+    axes = draw_causal(table).axes[-1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0-2", "3"]

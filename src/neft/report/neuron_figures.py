@@ -307,13 +307,18 @@ def draw_causal(causal: Table) -> Figure:
     if layers:
         axes = panels.pop(0)
         _draw_rises(axes, layers, horizontal=False)
-        names = [str(row["group"]).removeprefix("layer ") for row in layers]
+        names = [_span(str(row["group"])) for row in layers]
         step = _tick_step(len(names))
         axes.set_xticks(np.arange(0, len(names), step), names[::step])
-        axes.set_xlabel("layer whose neurons are restored")
+        axes.set_xlabel("layers whose neurons are restored")
         axes.set_ylabel("rise of the loss")
         _tidy(axes)
     return figure
+
+
+def _span(group: str) -> str:
+    """``3`` of ``layer 3``, ``0-2`` of ``layers 0-2``."""
+    return group.removeprefix("layers ").removeprefix("layer ")
 
 
 def _draw_rises(axes: Axes, rows: Sequence[Mapping[str, Any]], *, horizontal: bool) -> None:

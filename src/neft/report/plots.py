@@ -306,7 +306,7 @@ def causal(run: RunData) -> Drawn | None:
     layers = [row for row in table.rows() if row["kind"] == "layer"]
     if layers:
         most = max(layers, key=lambda row: row["task_rise"])
-        parts.append(f"of single layers, {most['group']} the most: {_rises(most)}")
+        parts.append(f"of the layers, {most['group']} the most: {_rises(most)}")
     if not parts:
         return None
     words = f"Rise of the loss after restoring {'; '.join(parts)}."

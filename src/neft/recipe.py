@@ -194,17 +194,40 @@ class TrainingSection(Section):
     report_to: tuple[str, ...] = ()
     """Trackers, as transformers names them: tensorboard, wandb, ..."""
 
+    @property
+    def has_length(self) -> bool:
+        """Whether there are steps to take."""
+        return True
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
-        if (self.epochs is None) == (self.steps is None):
+        if self.has_length and (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
         return self
 
 
-class WarmupSection(TrainingSection):
-    """The short full fine-tune that shows which neurons the task moves (Algorithm 1, step 1)."""
+WarmupMethod: TypeAlias = Literal["full", "lora", "gradient", "activation", "norm", "none"]
 
-    method: Literal["full"] = "full"
+
+class WarmupSection(TrainingSection):
+    """What shows which neurons the task moves (Algorithm 1, step 1), or foretells it for less."""
+
+    method: WarmupMethod = "full"
+    """``full``: a short full fine-tune, the paper's way; ``lora``: a short LoRA run, merged;
+    ``gradient``: gradients on as many batches, without any update; ``activation``: a forward pass alone;
+    ``norm``: the base model's weights alone; ``none``: a fine-tuned ``checkpoint`` that is there already.
+    Those that do not train have no use for the rate and its schedule."""
+    learning_rate: Rate = 2e-5
+    """The paper's."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """For ``full``: Adafactor keeps row and column sums in place of AdamW's two states a weight."""
+    in_backward: bool = False
+    """For ``full``: update each weight as soon as its gradient is there, and free that: no clipping, no
+    ``gradient_accumulation``."""
+    rank: Count = 8
+    """Of ``lora``."""
+    checkpoint: str | None = None
+    """For ``none``: a folder or Hub id with the base model after fine-tuning."""
     train: DataSource | None = None
     """Find the neurons on other data than they are trained on (the paper's NeFT_Trans); default:
     ``data.train``."""
@@ -226,6 +249,31 @@ class WarmupSection(TrainingSection):
     def seed_of(self, seed: int) -> int:
         """The seed of a run's warm-up, given the run's."""
         return seed if self.seed is None else self.seed
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are updated."""
+        return self.method in ("full", "lora")
+
+    @property
+    def has_length(self) -> bool:
+        """Whether it reads data, for so many steps."""
+        return self.method not in ("norm", "none")
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> WarmupSection:
+        if (self.checkpoint is not None) != (self.method == "none"):
+            raise ValueError("method 'none' and checkpoint go together")
+        if self.method != "full":
+            for name in ("optimizer", "in_backward", "snapshots"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} goes with method 'full', not with {self.method!r}")
+        if self.in_backward and self.gradient_accumulation > 1:
+            raise ValueError(
+                "in_backward frees gradients at once, so they cannot be accumulated: set "
+                "gradient_accumulation to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _snapshots_are_measured(self) -> WarmupSection:

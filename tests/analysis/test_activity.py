@@ -16,8 +16,8 @@ from neft.analysis.activity import (
     activity_table,
     unit_activity,
 )
-from neft.analysis.streaming import stream
 from neft.errors import ArchitectureError, DataError, NeuronError, RunError, UsageError
+from neft.streaming import stream
 
 ARCHITECTURES = ["llama", "gpt2"]
 NUM_TOKENS = sum(map(len, TEXTS))

@@ -13,10 +13,10 @@ from peft import get_peft_model
 from safetensors.numpy import save_file
 
 from neft.analysis.hidden_states import HiddenStateCollector, HiddenStates, mean_hidden_states
-from neft.analysis.streaming import stream
 from neft.errors import DataError, RunError
 from neft.neurons import NeuronSet
 from neft.projections import find_projections
+from neft.streaming import stream
 from neft.tuner import NeftConfig
 from reference.analysis import hidden_states
 

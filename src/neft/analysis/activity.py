@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from neft.analysis.matching import check_same_projections
 from neft.analysis.neuron_columns import concatenated, neuron_columns
-from neft.analysis.streaming import Batch, stream
 from neft.analysis.table import Table
 from neft.analysis.units import UnitCollector
 from neft.errors import UsageError
 from neft.neurons import Projection
+from neft.streaming import Batch, stream
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neft.analysis.decoding import Decoder
-from neft.analysis.streaming import Batch, stream
 from neft.analysis.table import Table
 from neft.analysis.units import UnitCollector
 from neft.errors import DataError, NeuronError
 from neft.neurons import Indices, NeuronSet, Projection
+from neft.streaming import Batch, stream
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neft.analysis.streaming import Batch, layers_of, stream
 from neft.errors import DataError, RunError
 from neft.files import replaced_atomically
+from neft.streaming import Batch, layers_of, stream
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from neft.analysis.streaming import Batch
 from neft.errors import RunError
 from neft.neurons import Projection
 from neft.projections import as_module, find_projections
+from neft.streaming import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

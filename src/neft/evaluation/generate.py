@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import track
 
+from neft.batching import batches_by_length
 from neft.errors import DataError, RunError
-from neft.evaluation.batching import batches_by_length
 from neft.recipe import EvaluateSection
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from neft.batching import batches_by_length
 from neft.errors import DataError, RunError
-from neft.evaluation.batching import batches_by_length
 
 if TYPE_CHECKING:
     import torch

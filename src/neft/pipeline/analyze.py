@@ -25,7 +25,6 @@ from neft.analysis.lens import lens
 from neft.analysis.neuron_columns import by_module, canonical, concatenated, neuron_columns
 from neft.analysis.overlap import overlap_table
 from neft.analysis.ranks import affected_neurons, rank_buckets, rank_changes
-from neft.analysis.streaming import stream
 from neft.analysis.table import Table
 from neft.analysis.utilization import neuron_utilization
 from neft.checkpoints import WeightSource, open_weights
@@ -39,6 +38,7 @@ from neft.projections import find_projections
 from neft.recipe import Recipe
 from neft.sft.data import Example, load_examples, load_texts
 from neft.sft.prompts import encode, encode_all
+from neft.streaming import stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from neft.sft.memory import peak_memory, reset_peak_memory
+from neft.memory import peak_memory, reset_peak_memory
 from neft.sft.resume import checkpoint_folder, discard_superseded, link_weights, seal
 
 

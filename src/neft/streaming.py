@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from neft.batching import batches_by_length
 from neft.errors import ArchitectureError, DataError, RunError
-from neft.evaluation.batching import batches_by_length
 from neft.projections import as_module, find_projections
 
 if TYPE_CHECKING:

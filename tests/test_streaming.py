@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
-from neft.analysis.streaming import layers_of, stream
 from neft.errors import ArchitectureError, DataError, RunError
+from neft.streaming import layers_of, stream
 
 TEXTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15], [5, 6, 7]]
 

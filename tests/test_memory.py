@@ -1,6 +1,6 @@
 import torch
 
-from neft.sft.memory import peak_memory, reset_peak_memory
+from neft.memory import peak_memory, reset_peak_memory
 
 MEGABYTE = 2**20
 

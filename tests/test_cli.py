@@ -170,6 +170,39 @@ def test_select(scores, tmp_path) -> None:
     assert str(neurons) in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--megabytes", "0.00005"], {"layers.1.up": [3, 4, 5]}),
+        (["--count", 4, "--rule", "even"], {"layers.0.down": [4, 5], "layers.1.up": [4, 5]}),
+        (
+            ["--count", 4, "--rule", "floor", "--floor", 30, "--which", "highest"],
+            {"layers.0.up": [0, 1, 2, 3]},
+        ),
+        (
+            ["--count", 5, "--rule", "floor", "--floor", 100],
+            {"layers.0.down": [4, 5], "layers.1.up": [3, 4, 5]},
+        ),
+    ],
+)
+def test_select_by_a_rule(scores, tmp_path, arguments, expected) -> None:
+    result = call("select", scores, *arguments, "-o", tmp_path / "neurons.json")
+    assert result.exit_code == 0, result.stderr
+    chosen = NeuronSet.load(tmp_path / "neurons.json")
+    assert {name: indices.tolist() for name, indices in chosen.items()} == expected
+
+
+def test_select_above_rounding(scores, tmp_path) -> None:
+    measured = NeuronScores.load(scores)
+    measured.provenance["rounding"] = {"floor": 2.0}
+    measured.save(scores)
+    result = call(
+        "select", scores, "--count", 6, "--above-rounding", "-o", tmp_path / "neurons.json"
+    )
+    assert result.exit_code == 2
+    assert "hold only 5 neurons" in result.stderr
+
+
 def test_select_random(scores, tmp_path) -> None:
     for seed in (1, 2):
         for attempt in "ab":
@@ -188,8 +221,11 @@ def test_select_random(scores, tmp_path) -> None:
         (["--percent", "nan"], "percent is nan"),
         (["--percent", "19"], "percent is 19, but the scored projections hold only 18"),
         (["--count", "19"], "count is 19"),
-        ([], "by percent or by count"),
-        (["--percent", "1", "--count", "1"], "by percent or by count"),
+        (["--megabytes", "0.0003"], "scored projections hold only 0.000288 MB of an adapter's"),
+        (["--count", "7", "--rule", "units"], "whole units make 6 or 8 neurons"),
+        (["--count", "5", "--rule", "floor", "--floor", "0"], "floor is 0"),
+        ([], "by percent, count or megabytes"),
+        (["--percent", "1", "--count", "1"], "by percent, count or megabytes"),
     ],
 )
 def test_select_refuses(scores, tmp_path, arguments, message) -> None:

@@ -602,8 +602,8 @@ def test_max_percent_takes_all(total: int) -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "by percent or by count, one of the two"),
-        ({"percent": 9, "count": 3}, "by percent or by count, one of the two"),
+        ({}, "by percent, count or megabytes, one of the three"),
+        ({"percent": 9, "count": 3}, "by percent, count or megabytes, one of the three"),
         ({"percent": 0}, "percent is 0; it must be a number above 0"),
         ({"percent": -9}, "percent is -9; it must be a number above 0"),
         ({"percent": math.nan}, "percent is nan; it must be a number above 0"),
@@ -615,10 +615,10 @@ def test_max_percent_takes_all(total: int) -> None:
         ({"percent": 101}, "percent is 101, but"),
         (
             {"percent": 0.05},
-            "percent is 0.05: that is 0 of the model's 1,000 parameters, and the first",
+            "percent is 0.05: that is 0 parameters, and the first of the ranking takes [358]",
         ),
-        ({"count": -1}, r"count is -1; it must be a whole number in 0\.\.70"),
-        ({"count": 71}, r"count is 71; it must be a whole number in 0\.\.70"),
+        ({"count": -1}, "count is -1; it must be a whole number"),
+        ({"count": 71}, "count is 71, but the scored projections hold only 70 neurons"),
         ({"count": 3.0}, "count is 3.0; it must be a whole number"),
         (
             {"count": 3, "which": "middle"},

@@ -174,6 +174,23 @@ def test_numbers_as_yaml_writes_them(recipe_file: Path) -> None:
             "warmup: snapshots has 7, which is no multiple of evaluate_every = 50",
         ),
         ({"score__step": 7}, "recipe: score.step 7 is not one of warmup.snapshots"),
+        ({"score__probe": {"folds": 3}}, "score: the section probe needs method 'probe'"),
+        (
+            {"score": {"method": "probe", "step": 7}},
+            "score: step is one of a warm-up, which method 'probe' does without",
+        ),
+        (
+            {"score": {"method": "probe", "probe": {"folds": 1}}},
+            "score.probe.folds: Input should be greater than or equal to 2 (found 1)",
+        ),
+        (
+            {"score": {"method": "probe", "probe": {"layers": []}}},
+            "score.probe.layers: Tuple should have at least 1 item after validation, not 0 (found [])",
+        ),
+        (
+            {"score": {"method": "probe"}},
+            "recipe: score.method 'probe' needs labels, so data.task classification, not 'translation'",
+        ),
         (
             {"evaluate__general": {"text": "t.jsonl", "split": "x"}},
             "evaluate.general.split: unknown key",
@@ -184,8 +201,33 @@ def test_numbers_as_yaml_writes_them(recipe_file: Path) -> None:
         ({"select__percent": -9}, "select.percent: Input should be greater than 0 (found -9)"),
         ({"select__percent": 101}, "select.percent: Input should be less than or equal to 100"),
         ({"select__percent": float("nan")}, "select.percent: Input should be a finite number"),
-        ({"select__count": 5}, "select: give either percent or count"),
-        ({"select__percent": ...}, "select: give either percent or count"),
+        ({"select__count": 5}, "select: give one of percent, count and megabytes"),
+        (
+            {"select__megabytes": 5},
+            "select: give one of percent, count and megabytes",
+        ),
+        ({"select__percent": ..., "select__megabytes": 0}, "select.megabytes: Input should be gr"),
+        ({"select__rule": "best"}, "select.rule: Input should be 'paper', 'even', 'floor' or"),
+        ({"select__floor": 30}, "select: floor goes with rule 'floor', not with 'paper'"),
+        ({"select__rule": "floor", "select__floor": 0}, "select.floor: Input should be greater"),
+        ({"select__rule": "floor", "select__floor": 101}, "select.floor: Input should be less"),
+        (
+            {"select__rule": "even", "select__reversed_percent": 3},
+            "select: the reversed neurons go with rule 'paper'",
+        ),
+        (
+            {"select__above_rounding": True, "select__reversed_percent": 3},
+            "select: the reversed neurons go with rule 'paper', and without above_rounding",
+        ),
+        (
+            {"select": {"neurons": "n.json", "rule": "even"}},
+            "select: neurons takes a set as it is; remove rule and above_rounding",
+        ),
+        (
+            {"warmup": ..., "select__which": "random", "select__above_rounding": True},
+            "recipe: train.method 'neft' needs the section warmup",
+        ),
+        ({"select__percent": ...}, "select: give one of percent, count and megabytes"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0 (found -1)"),
         ({"seed": 2**32}, "seed: Input should be less than 4294967296"),
         ({"warmup": ...}, "recipe: train.method 'neft' needs the section warmup, unless"),
@@ -419,6 +461,16 @@ def test_neurons_that_need_no_scores_need_no_warmup(select: dict[str, Any]) -> N
     recipe = checked(Recipe, changed(warmup=..., select=select), "r.yaml")
     assert recipe.select is not None
     assert not recipe.select.needs_scores
+
+
+def test_probes_need_labels_and_no_warmup() -> None:
+    data = GOOD["data"] | {"task": "classification", "labels": ["yes", "no"]}
+    recipe = checked(Recipe, changed(warmup=..., data=data, score={"method": "probe"}), "r.yaml")
+    assert not recipe.score.needs_warmup
+    assert recipe.score.probe is None
+    assert (recipe.score.probing.layers, recipe.score.probing.folds) == (None, 5)
+    own = changed(warmup=..., data=data, score={"method": "probe", "probe": {"layers": [0, 29]}})
+    assert checked(Recipe, own, "r.yaml").score.probing.layers == (0, 29)
 
 
 def test_the_warmup_has_the_data_and_seed_of_the_run_unless_it_has_its_own() -> None:

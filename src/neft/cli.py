@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec
+from typing import Annotated, Literal
 
 import typer
 
-from neft.errors import NeftError
+from neft.commands import analyze, neurons
+from neft.commands.shared import (
+    AsJson,
+    Given,
+    Overwrite,
+    RecipeFile,
+    Settings,
+    guarded,
+    log,
+    print_json,
+)
+from neft.report.plot_names import DESCRIPTIONS
 
 app = typer.Typer(
     name="neft",
@@ -27,25 +36,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-analyses = typer.Typer(
-    help="Look at what training did to the neurons of a run.", no_args_is_help=True
-)
-app.add_typer(analyses, name="analyze")
-
-_log = logging.getLogger("neft")
-
-Given = ParamSpec("Given")
-Settings = Annotated[
+Finding = Literal["cosine", "full", "lora", "gradient", "activation", "norm", "probe"]
+Modules = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe; repeatable."),
+    typer.Option(
+        help="A role (up, gate, down, q, k, v, o), module name or pattern; repeatable. "
+        "Default: up, down."
+    ),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what another recipe left in the output folder.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)
-]
+
+app.add_typer(analyze.app, name="analyze")
+app.add_typer(neurons.app, name="neurons")
 
 
 def main() -> None:
@@ -58,48 +59,7 @@ def main() -> None:
 
 
 def _command(function: Callable[Given, None]) -> Callable[Given, None]:
-    """A command whose errors become one message and an exit code."""
-    return app.command()(_guarded(function))
-
-
-def _guarded(function: Callable[Given, None]) -> Callable[Given, None]:
-
-    @functools.wraps(function)
-    def guarded(*args: Given.args, **kwargs: Given.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except BrokenPipeError:
-            raise  # whoever read our output has seen enough; typer ends quietly
-        except (Exception, KeyboardInterrupt) as error:
-            raise typer.Exit(_reported(error)) from error
-
-    return guarded
-
-
-def _reported(error: BaseException) -> int:
-    """Tell about an error; returns the exit code."""
-    from neft.console import complain
-
-    if _log.isEnabledFor(logging.DEBUG):
-        traceback.print_exception(error)
-    match error:
-        case typer.Exit():
-            return error.exit_code
-        case KeyboardInterrupt():
-            complain("interrupted. The same command goes on where it stopped.")
-            return 130
-        case NeftError():
-            complain(str(error))
-            return error.exit_code
-        case OSError(filename=str(name), strerror=str(reason)):
-            complain(f"{name}: {reason}.")
-            return 1
-        case _:
-            complain(
-                f"unexpected {type(error).__name__}: {error}\n"
-                "Run the command again with --debug to see where it comes from."
-            )
-            return 1
+    return app.command()(guarded(function))
 
 
 def _print_version(wanted: bool) -> None:
@@ -124,8 +84,8 @@ def _configure(
 ) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    _log.handlers = [handler]
-    _log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.handlers = [handler]
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
     if not debug:
         # What one library tells the authors of another is no business of a user's.
         warnings.simplefilter("ignore", FutureWarning)
@@ -172,7 +132,7 @@ def compare(
 
         outlines = outline(loaded)
         if as_json:
-            _print_json([asdict(row) for row in outlines])
+            print_json([asdict(row) for row in outlines])
         else:
             show_outline(outlines)
         return
@@ -182,7 +142,7 @@ def compare(
 
     compared = compare(loaded, num_jobs=jobs, retry=retry, say=say)
     if as_json:
-        _print_json({"tasks": plain(compared.results), "failures": compared.failures})
+        print_json({"tasks": plain(compared.results), "failures": compared.failures})
     else:
         show_comparison(compared)
     if compared.failures:
@@ -223,13 +183,13 @@ def status(
     if is_comparison_folder(run):
         rows = read_comparison_status(run)
         if as_json:
-            _print_json(plain(rows))
+            print_json(plain(rows))
         else:
             show_comparison_status(rows)
         return
     stages = read_status(run)
     if as_json:
-        _print_json([asdict(stage) for stage in stages])
+        print_json([asdict(stage) for stage in stages])
     else:
         show_status(stages)
 
@@ -237,25 +197,54 @@ def status(
 @_command
 def score(
     before: Annotated[
-        str, typer.Argument(help="The original checkpoint: a folder or Hub id.", show_default=False)
-    ],
-    after: Annotated[str, typer.Argument(help="The same after fine-tuning.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("scores.safetensors"),
-    modules: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A role (up, gate, down, q, k, v, o), module name or pattern; repeatable. "
-            "[default: up, down]"
-        ),
+        str | None, typer.Argument(help="The original checkpoint: a folder or Hub id.")
     ] = None,
+    after: Annotated[str | None, typer.Argument(help="The same after fine-tuning.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("scores.safetensors"),
+    method: Annotated[
+        Finding | None,
+        typer.Option(help="See above. Default: cosine, or what the recipe says."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Find the neurons of this recipe: its model and data.")
+    ] = None,
+    settings: Settings = None,
+    modules: Modules = None,
 ) -> None:
-    """Measure how far each neuron moved between two checkpoints."""
-    from neft.console import show_info
-    from neft.pipeline.info import describe_scores
-    from neft.scoring import score_neurons
+    """Find neurons: score each by what a task did to it, or would do.
 
-    scores = score_neurons(before, after, modules=modules)
-    scores.save(output)
+    Methods, and what they take, for checkpoints that are there:
+
+    - cosine: how far AFTER turned from BEFORE; a pair of matrices, seconds.
+
+    - norm: the shortest first, of BEFORE alone; one matrix, seconds.
+
+    And for a recipe (--recipe), on its model, data and warmup:
+
+    - full: a short full fine-tune, then cosine; 16 bytes a parameter.
+
+    - full, lean (--set warmup.optimizer=adafactor
+    --set warmup.in_backward=true): 4 bytes a parameter, one gradient.
+
+    - lora: a short LoRA run, merged, then cosine; what LoRA takes.
+
+    - gradient: signs of gradients, no update; the model, 1 byte a weight.
+
+    - activation: forward passes alone; the model, a third of the time.
+
+    - probe: classifiers of hidden states, for labelled texts; as activation.
+    """
+    from neft.console import say, show_info
+    from neft.pipeline.finding import find, find_in_weights, with_method
+    from neft.pipeline.info import describe_scores
+
+    if recipe is None:
+        scores = find_in_weights(before, after, method or "cosine", modules)
+        scores.save(output)
+    else:
+        if before is not None:
+            raise typer.BadParameter("--recipe names the model; give it with --set model.path=...")
+        scores = find(with_method(recipe, settings or (), method, modules), output, say=say)
     show_info({"written": str(output)} | describe_scores(scores))
 
 
@@ -266,11 +255,31 @@ def select(
         float | None, typer.Option(help="Budget in percent of all parameters of the model.")
     ] = None,
     count: Annotated[int | None, typer.Option(help="Budget in neurons.")] = None,
+    megabytes: Annotated[
+        float | None, typer.Option(help="Budget by the size of the vectors in an adapter.")
+    ] = None,
     which: Annotated[
         Literal["lowest", "highest", "random"],
         typer.Option(help="By cosine; lowest are those that moved most."),
     ] = "lowest",
     seed: Annotated[int, typer.Option(help="For random.")] = 0,
+    rule: Annotated[
+        Literal["paper", "even", "floor", "units"],
+        typer.Option(
+            help="One ranking (paper); as many in each layer (even); a part of that, and the rest by the "
+            "ranking (floor); up, gate and down neurons of a unit together (units)."
+        ),
+    ] = "paper",
+    floor: Annotated[
+        float, typer.Option(help="For the rule floor: percent of an even share.")
+    ] = 50.0,
+    above_rounding: Annotated[
+        bool,
+        typer.Option(
+            "--above-rounding",
+            help="Leave out what moved no more than rounding to 16 bits moves it.",
+        ),
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("neurons.json"),
 ) -> None:
     """Choose neurons by their scores."""
@@ -278,9 +287,93 @@ def select(
     from neft.neurons import NeuronScores
     from neft.pipeline.info import describe_neurons
 
-    neurons = NeuronScores.load(scores).select(percent=percent, count=count, which=which, seed=seed)
+    neurons = NeuronScores.load(scores).select(
+        percent=percent,
+        count=count,
+        megabytes=megabytes,
+        which=which,
+        seed=seed,
+        rule=rule,
+        floor=floor,
+        above_rounding=above_rounding,
+    )
     neurons.save(output)
     show_info({"written": str(output)} | describe_neurons(neurons))
+
+
+@_command
+def extract(
+    base: Annotated[
+        str, typer.Argument(help="The original checkpoint: a folder or Hub id.", show_default=False)
+    ],
+    finetuned: Annotated[
+        str, typer.Argument(help="The same after fine-tuning, of any kind.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.", show_default=False)],
+    percent: Annotated[
+        float | None, typer.Option(help="Budget in percent of all parameters of the model.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Budget in neurons.")] = None,
+    modules: Modules = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Choose by what neft score wrote, instead of scoring.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Evaluate base, fine-tuned model and adapter on a recipe's test split."),
+    ] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a fine-tuned checkpoint into an adapter with its most changed neurons; trains nothing."""
+    from neft.console import say, show_extraction
+    from neft.pipeline.extract import extract
+    from neft.recipe import load_recipe
+
+    extraction = extract(
+        base,
+        finetuned,
+        output,
+        percent=percent,
+        count=count,
+        modules=modules,
+        scores=scores,
+        recipe=None if recipe is None else load_recipe(recipe, settings or ()),
+        say=say,
+    )
+    if as_json:
+        print_json(extraction.to_dict())
+    else:
+        show_extraction(extraction, output)
+
+
+@_command
+def diff(
+    before: Annotated[
+        str, typer.Argument(help="A checkpoint: a folder or Hub id.", show_default=False)
+    ],
+    after: Annotated[str, typer.Argument(help="Another of the same model.", show_default=False)],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a map of layers and projections: a .png or .svg file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers and projections moved between two checkpoints."""
+    from neft.analysis.diff import diff_table, summarized
+    from neft.checkpoints import open_weights
+    from neft.console import show_diff
+    from neft.report.diff_figure import check_figure_path, save_change_map
+
+    if plot is not None:
+        check_figure_path(plot)
+    table = diff_table(open_weights(before), open_weights(after))
+    if plot is not None:
+        save_change_map(table, plot)
+    if as_json:
+        by = {f"by_{group}": summarized(table, group) for group in ("role", "layer")}
+        print_json(dict(table.about) | by | {"weights": table.rows()})
+    else:
+        show_diff(table)
 
 
 @_command
@@ -330,7 +423,7 @@ def evaluate(
     loaded = load_recipe(recipe, [*(settings or ()), *given])
     evaluation = run.evaluate(loaded, adapter, output, overwrite=overwrite, say=say)
     if as_json:
-        _print_json(asdict(evaluation))
+        print_json(asdict(evaluation))
     else:
         show_evaluation(evaluation, output)
 
@@ -340,7 +433,7 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.", show_default=False)],
     base: Annotated[
-        str | None, typer.Option(help="The base model. [default: the one the adapter names]")
+        str | None, typer.Option(help="The base model. Default: the one the adapter names.")
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -368,101 +461,9 @@ def info(
 
     described = describe(path)
     if as_json:
-        _print_json(described)
+        print_json(described)
     else:
         show_info({"path": str(path)} | described)
-
-
-def _inspection(name: str, summary: str, description: str) -> None:
-    """Add a command that analyses a finished run and shows one part of what was found."""
-
-    def inspect(
-        run: Annotated[
-            Path, typer.Argument(help="The output folder of a finished run.", show_default=False)
-        ],
-        limit: Annotated[int, typer.Option(min=1, help="Rows of long tables.")] = 20,
-        as_json: AsJson = False,
-    ) -> None:
-        from neft.console import say, show_info
-        from neft.pipeline.inspection import INSPECTIONS
-        from neft.pipeline.run import analyze
-
-        found = INSPECTIONS[name](analyze(run, say=say), limit)
-        if as_json:
-            _print_json(found)
-        else:
-            show_info(found)
-
-    inspect.__doc__ = f"{summary}\n\n{description}"
-    analyses.command(name)(_guarded(inspect))
-
-
-for _name, _summary, _description in (
-    (
-        "utilization",
-        "How much each layer's neurons resemble what the model holds, before and after training.",
-        "Pearson correlation of neuron vectors with mean hidden states (paper, section 6).",
-    ),
-    (
-        "ranks",
-        "Which neurons rose and fell in the order of utilization.",
-        "Average rank change, affected neurons and percentiles (the paper's Figures 3 and 6).",
-    ),
-    (
-        "activity",
-        "Which feed-forward units are at work more or less than before.",
-        "Activations on the test split's texts, before and after training.",
-    ),
-    (
-        "lens",
-        "Which tokens out neurons promote and suppress, before and after training.",
-        "The logit lens: vectors through the unembedding; those that moved most come first.",
-    ),
-    (
-        "causal",
-        "What the loss is with groups of trained neurons put back to what they were.",
-        "On the development split, and on general text if the recipe names one.",
-    ),
-):
-    _inspection(_name, _summary, _description)
-
-
-@analyses.command()
-@_guarded
-def overlap(
-    selections: Annotated[
-        list[Path],
-        typer.Argument(help="Two or more: neuron sets, scores, adapters.", show_default=False),
-    ],
-    percent: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Budget at which scores are selected; repeatable. [default: 3, 6, 9, 12]"
-        ),
-    ] = None,
-    by_layer: Annotated[bool, typer.Option("--by-layer", help="A row a layer besides.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write a .csv or .parquet file too.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """How far choices of neurons agree, beside what chance would give (the paper's Table 5)."""
-    from neft.analysis.overlap import overlap_table
-    from neft.console import show_info
-    from neft.neurons import NeuronScores
-    from neft.pipeline.selection import load_selection
-
-    chosen = {str(path): load_selection(path) for path in selections}
-    with_scores = any(isinstance(found, NeuronScores) for found in chosen.values())
-    table = overlap_table(
-        chosen, percent or ((3, 6, 9, 12) if with_scores else ()), by_layer=by_layer
-    )
-    if output is not None:
-        table.save(output)
-    if as_json:
-        _print_json(table.rows())
-    else:
-        show_info({"overlap": table.rows()})
 
 
 @_command
@@ -484,11 +485,13 @@ def report(
 
 @_command
 def plot(
-    name: Annotated[str, typer.Argument(help="A figure; any other name lists them.")],
+    name: Annotated[
+        str, typer.Argument(help=f"A figure: {', '.join(DESCRIPTIONS)}.", show_default=False)
+    ],
     run: Annotated[Path, typer.Argument(help="The output folder of a run.", show_default=False)],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Path without suffix. [default: NAME]"),
+        typer.Option("--output", "-o", help="Path without suffix. Default: NAME."),
     ] = None,
 ) -> None:
     """Draw one figure of a run as PNG and SVG."""
@@ -497,7 +500,3 @@ def plot(
 
     for file in save_plot(read_run(run), name, output or Path(name)):
         typer.echo(file)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

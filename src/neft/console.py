@@ -24,10 +24,12 @@ from neft.pipeline.run import duration
 from neft.pipeline.status import StageStatus
 
 if TYPE_CHECKING:
+    from neft.analysis.table import Table as DiffTable
     from neft.comparison.outline import Outline
     from neft.comparison.results import RowResult
     from neft.comparison.run import Compared
     from neft.comparison.status import RowStatus
+    from neft.pipeline.extract import Extraction
 
 # Wide enough for a signature or a path; a terminal has its own width.
 _WIDTH_OF_FILES = 120
@@ -259,6 +261,81 @@ _STATE_STYLES = {
 }
 
 
+def show_overlap(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+    """A row a pair, its files by short names, without the columns that have nothing to tell."""
+    names = {str(file): name for file, name in zip(files, short_names(files), strict=True)}
+    told = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    shown = [
+        {name: names[row[name]] if name in ("a", "b") else row[name] for name in told}
+        for row in rows
+    ]
+    show_info({"overlap": shown})
+
+
+def short_names(files: Sequence[Path]) -> list[str]:
+    """The shortest end of each path that no other one of them has; the whole path if all its ends do."""
+    return [_short_name(file, [other for other in files if other != file]) for file in files]
+
+
+def _short_name(file: Path, others: Sequence[Path]) -> str:
+    for length in range(1, len(file.parts)):
+        end = file.parts[-length:]
+        if all(other.parts[-length:] != end for other in others):
+            return str(Path(*end))
+    return str(file)
+
+
+def show_extraction(extraction: Extraction, folder: Path) -> None:
+    """What an adapter holds, what share of the fine-tune that is, and where it is."""
+    info: dict[str, Any] = {
+        "num_neurons": extraction.num_neurons,
+        "num_parameters": extraction.num_parameters,
+        "percent of the model": f"{extraction.percent:.2f}",
+        "size": size(extraction.num_bytes),
+        "share of the squared change": {
+            "of the scored projections": f"{100 * extraction.share_of_projections:.1f}%",
+            "of all weights": f"{100 * extraction.share_of_model:.1f}%",
+        },
+    }
+    if extraction.left_out:
+        info["weights that cannot be compared"] = dict(extraction.left_out)
+    if extraction.scores:
+        info[f"scores on {extraction.num_examples} test examples"] = [
+            {
+                "metric": metric,
+                "base": f"{score.base.score:.1f}",
+                "fine-tuned": f"{score.finetuned.score:.1f}",
+                "adapter": f"{score.adapter.score:.1f}",
+                "gain kept": "-" if score.share is None else f"{100 * score.share:.0f}%",
+            }
+            for metric, score in extraction.scores.items()
+        ]
+    show_info(info | {"adapter": str(folder)})
+
+
+def show_diff(table: DiffTable) -> None:
+    """What moved, by role and by layer; the rest of it is in the JSON."""
+    from neft.analysis.diff import change_by_layer, summarized
+
+    about = table.about
+    shares = {row["layer"]: row["share"] for row in summarized(table, "layer")}
+    info: dict[str, Any] = {
+        "before": about["before"],
+        "after": about["after"],
+        "change of all weights, |after - before| / |before|": _cell(about["change"]),
+    }
+    if about["left_out"]:
+        info["weights that cannot be compared"] = about["left_out"]
+    info["by role (share of the squared change; turn: 1 - cos of the neurons)"] = summarized(
+        table, "role"
+    )
+    info["by layer: share, and relative change of each projection"] = [
+        {"layer": row["layer"], "share": shares[row["layer"]]} | row
+        for row in change_by_layer(table)
+    ]
+    show_info(info)
+
+
 def show_info(info: Mapping[str, Any]) -> None:
     """Plain values as lines, mappings indented, lists of mappings as tables."""
     console = _stdout()
@@ -284,9 +361,14 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for column in rows[0]:
         table.add_column(column, justify="right")
     for row in rows:
-        cells = (_number(cell) if isinstance(cell, float) else str(cell) for cell in row.values())
-        table.add_row(*cells)
+        table.add_row(*map(_cell, row.values()))
     return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _number(value: float) -> str:

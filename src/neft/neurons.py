@@ -20,19 +20,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from neft.errors import NeuronError
 from neft.files import replaced_atomically, write_text
+from neft.selection import Budget, Candidates, Preference, Rule, Which, choose
+from neft.selection import Indices as Indices
 
 PathLike: TypeAlias = str | os.PathLike[str]
-Indices: TypeAlias = npt.NDArray[np.int64]
-Which: TypeAlias = Literal["lowest", "highest", "random"]
 
 NEURONS_FORMAT = "neft-neurons"
 SCORES_FORMAT = "neft-scores"
@@ -40,6 +39,9 @@ FORMAT_VERSION = 1
 
 # Ties between equal scores break by (layer, projection, index); this is the order of projections.
 ROLE_ORDER = ("up", "gate", "gate_up", "down", "q", "k", "v", "qkv", "o")
+
+# Neurons that a unit of a feed-forward network has in the projections of a layer.
+_NEURONS_PER_UNIT = {"up": 1, "gate": 1, "gate_up": 2, "down": 1}
 
 
 class Axis(StrEnum):
@@ -527,80 +529,62 @@ class NeuronScores:
         *,
         percent: float | None = None,
         count: int | None = None,
+        megabytes: float | None = None,
         which: Which = "lowest",
         seed: int = 0,
+        rule: Rule = "paper",
+        floor: float = 50.0,
+        above_rounding: bool = False,
     ) -> NeuronSet:
-        """Choose neurons from one ranking over all layers and projections.
+        """Choose as many neurons as a budget buys; give one of ``percent``, ``count``, ``megabytes``.
 
         Args:
             percent: budget in percent of all parameters of the model, above 0 and up to
-                ``max_percent``: as many neurons as fit. Give this or ``count``.
+                ``max_percent``.
             count: exact number of neurons, 0 to all.
+            megabytes: size of the vectors in an adapter's file: float32, 1 MB = 10^6 bytes.
             which: ``lowest`` or ``highest`` cosine, or ``random`` (the control).
             seed: for ``random`` only, in 0..2**32 - 1.
+            rule: ``paper``: one ranking over all layers and projections. ``even``: the budget is dealt
+                evenly to the layers; what one cannot hold goes to the others. ``floor``: each layer gets
+                a part of its even share, and the one ranking decides about the rest. ``units``: the
+                neurons of a feed-forward unit, in those of its up, gate and down projections that were
+                scored, are chosen together, by their mean distance.
+            floor: for the rule ``floor`` only: that part in percent, above 0 and up to 100, rounded down
+                to whole neurons.
+            above_rounding: leave out neurons that moved no more than rounding to 16 bits moves them,
+                where the scores' provenance says how much that is, and units with such a neuron.
 
         Returns:
-            Exactly the budget; ties break by (layer, projection, index).
+            Exactly the budget; ties break by (layer, projection, index), for units by (layer, unit).
 
         Raises:
-            NeuronError: a budget that is none, or that the scored projections cannot hold.
+            NeuronError: a budget that is none, that the scored projections cannot hold, or that whole
+                units cannot make; with the rule ``units``, neurons that belong to none.
         """
-        if (percent is None) == (count is None):
-            raise NeuronError("Give a budget by percent or by count, one of the two.")
-        if percent is not None:
-            ranking = self._ranking(which, seed)
-            count = self._affordable(percent, ranking)
-        else:
-            if not isinstance(count, int | np.integer) or not 0 <= count <= len(self):
-                raise NeuronError(
-                    f"count is {count}; it must be a whole number in 0..{len(self)}, which is how many "
-                    "neurons the scored projections hold."
-                )
-            count = int(count)
-            ranking = self._ranking(which, seed)
-        budget = {"which": which, "percent": percent, "count": count}
-        if which == "random":
-            budget["seed"] = seed
-        return self._chosen(np.sort(ranking[:count]), self.provenance | {"selection": budget})
+        budget = Budget.given(percent, count, megabytes, self.total_parameters)
+        preference = Preference(which, seed, rule, floor)
+        positions = choose(self._candidates(rule, above_rounding), budget, preference)
+        selection = {"which": which, "percent": percent, "count": positions.size}
+        if megabytes is not None:
+            selection["megabytes"] = megabytes
+        if above_rounding:
+            selection["above_rounding"] = True
+        selection |= preference.to_dict()
+        return self._chosen(positions, self.provenance | {"selection": selection})
 
-    def _ranking(self, which: Which, seed: int) -> Indices:
-        """Positions of all neurons in order of choice; positions run in canonical order."""
-        if which == "random":
-            if not 0 <= seed < 2**32:
-                raise NeuronError(f"seed is {seed}; it must be in 0..2**32 - 1.")
-            # RandomState's stream is frozen by numpy's compatibility policy (NEP 19), so that a seed
-            # names the same neurons on every machine; Generator's may change between releases.
-            return np.random.RandomState(seed).permutation(len(self)).astype(np.int64)
-        if which not in ("lowest", "highest"):
-            raise NeuronError(f"which is {which!r}; choose 'lowest', 'highest' or 'random'.")
-        distances = np.concatenate([self.distances[name] for name in self.projections])
-        # A stable sort keeps the canonical order among equals.
-        return np.argsort(-distances if which == "lowest" else distances, kind="stable")
-
-    def _affordable(self, percent: float, ranking: Indices) -> int:
-        """Number of neurons, in ranking order, whose scalars fit in ``percent`` of the model."""
-        if not (math.isfinite(percent) and percent > 0):
-            raise NeuronError(f"percent is {percent}; it must be a number above 0.")
-        if percent > self.max_percent:
-            raise NeuronError(
-                f"percent is {percent:g}, but the scored projections hold only {self.max_percent:.12g}% "
-                f"of the model's {self.total_parameters:,} parameters. Lower it, or score more "
-                "projections."
-            )
-        if percent == self.max_percent:
-            return len(self)  # whatever its rounding
-        # Exact arithmetic: 9% of a round number must not lose a neuron to binary rounding.
-        budget = math.floor(Fraction(str(percent)) * self.total_parameters / 100)
-        lengths = np.concatenate(
-            [np.full(p.num_neurons, p.vector_length) for p in self.projections.values()]
+    def _candidates(self, rule: Rule, above_rounding: bool) -> Candidates:
+        projections = self.projections.values()
+        numbers = {layer: n for n, layer in enumerate(dict.fromkeys(p.layer for p in projections))}
+        sizes = [p.num_neurons for p in projections]
+        rounding = self.provenance.get("rounding") if above_rounding else None
+        return Candidates(
+            distances=np.concatenate([*self.distances.values()]),
+            lengths=np.repeat([p.vector_length for p in projections], sizes),
+            layers=np.repeat([numbers[p.layer] for p in projections], sizes),
+            groups=_unit_numbers(projections) if rule == "units" else np.arange(len(self)),
+            rounding_floor=None if rounding is None else rounding["floor"],
         )
-        spent = np.cumsum(lengths[ranking])
-        if budget < spent[0]:
-            raise NeuronError(
-                f"percent is {percent}: that is {budget} of the model's {self.total_parameters:,} "
-                f"parameters, and the first neuron alone has {spent[0]}. Raise it."
-            )
-        return int(np.searchsorted(spent, budget, side="right"))
 
     def _chosen(self, positions: Indices, provenance: Mapping[str, Any]) -> NeuronSet:
         indices: dict[str, Indices] = {}
@@ -644,6 +628,36 @@ class NeuronScores:
             except (SafetensorError, OSError) as error:
                 raise NeuronError(f"not a readable scores file: {error}.") from error
             return cls(projections, distances, header["total_parameters"], header["provenance"])
+
+
+def _unit_numbers(projections: Iterable[Projection]) -> Indices:
+    """Which unit of the model each neuron belongs to; projections in canonical order."""
+    numbers: list[Indices] = []
+    units: dict[int | None, range] = {}
+    seen: set[tuple[int | None, str]] = set()
+    num_before = 0
+    for projection in projections:
+        layer, role = projection.layer, projection.role
+        if role not in _NEURONS_PER_UNIT:
+            raise NeuronError(
+                f"{projection.name}: its neurons belong to no feed-forward unit, so the rule 'units' "
+                "cannot choose among them. Score up, gate and down projections alone, or take another "
+                "rule."
+            )
+        num_units, rest = divmod(projection.num_neurons, _NEURONS_PER_UNIT[role])
+        if layer not in units:
+            units[layer] = range(num_before, num_before + num_units)
+            num_before += num_units
+        if rest or num_units != len(units[layer]) or (layer, role) in seen:
+            raise NeuronError(
+                f"{projection.name}: its {projection.num_neurons} neurons do not pair with the "
+                f"{len(units[layer])} units of the layer's other projections, so the rule 'units' cannot "
+                "choose among them. Take another rule."
+            )
+        seen.add((layer, role))
+        # A fused projection has the rows of all units' gates, then those of all ups.
+        numbers += [np.array(units[layer])] * _NEURONS_PER_UNIT[role]
+    return np.concatenate(numbers)
 
 
 def _scores_header(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """One training run: AdamW, the paper's defaults (section 4.1)."""
+    """One training run; the defaults are the paper's (section 4.1)."""
 
     learning_rate: Rate
     epochs: Rate | None = None
@@ -181,6 +181,11 @@ class TrainingSection(Section):
     batch_size: Count = 8
     """Examples a device and step."""
     gradient_accumulation: Count = 1
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """AdamW keeps two numbers a trained weight, Adafactor two a row and column of them."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is there, and free that at once: hardly two gradients
+    exist at a time. Without clipping and accumulation, and on one device."""
     group_by_length: bool = False
     """Batches of texts of like length, in random order: less padding, so faster."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -205,6 +210,15 @@ class TrainingSection(Section):
             raise ValueError("give either epochs or steps")
         return self
 
+    @model_validator(mode="after")
+    def _frees_gradients(self) -> TrainingSection:
+        if self.in_backward and self.gradient_accumulation > 1:
+            raise ValueError(
+                "in_backward frees gradients at once, so none can be accumulated: set "
+                "gradient_accumulation to 1"
+            )
+        return self
+
 
 WarmupMethod: TypeAlias = Literal["full", "lora", "gradient", "activation", "norm", "none"]
 
@@ -219,11 +233,6 @@ class WarmupSection(TrainingSection):
     Those that do not train have no use for the rate and its schedule."""
     learning_rate: Rate = 2e-5
     """The paper's."""
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """For ``full``: Adafactor keeps row and column sums in place of AdamW's two states a weight."""
-    in_backward: bool = False
-    """For ``full``: update each weight as soon as its gradient is there, and free that: no clipping, no
-    ``gradient_accumulation``."""
     rank: Count = 8
     """Of ``lora``."""
     checkpoint: str | None = None
@@ -264,15 +273,8 @@ class WarmupSection(TrainingSection):
     def _fits_method(self) -> WarmupSection:
         if (self.checkpoint is not None) != (self.method == "none"):
             raise ValueError("method 'none' and checkpoint go together")
-        if self.method != "full":
-            for name in ("optimizer", "in_backward", "snapshots"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} goes with method 'full', not with {self.method!r}")
-        if self.in_backward and self.gradient_accumulation > 1:
-            raise ValueError(
-                "in_backward frees gradients at once, so they cannot be accumulated: set "
-                "gradient_accumulation to 1"
-            )
+        if self.snapshots and self.method != "full":
+            raise ValueError(f"snapshots are kept by method 'full', not by {self.method!r}")
         return self
 
     @model_validator(mode="after")
@@ -286,27 +288,72 @@ class WarmupSection(TrainingSection):
         return self
 
 
+class ProbeSection(Section):
+    """Classifiers of hidden states, for ``score.method: probe``."""
+
+    layers: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] | None = None
+    """Layers whose hidden states are probed, from 0; default: all."""
+    limit: Count = 2000
+    """Texts of the training split that are read, the first; memory grows with them."""
+    folds: Annotated[int, Field(ge=2), _Number] = 5
+    """Of the cross-validation that measures how well each layer's probe tells the labels."""
+    batch_size: Count = 16
+    """Texts at once; changes nothing but rounding."""
+
+
 class ScoreSection(Section):
     """How neurons are scored (Algorithm 1, step 2)."""
 
-    method: Literal["cosine"] = "cosine"
+    method: Literal["cosine", "probe"] = "cosine"
+    """``cosine``: how far the warm-up turned each neuron; ``probe``: how far each neuron lies along what
+    tells the labels apart (paper, section 3), for classification and without a warm-up."""
+    probe: ProbeSection | None = None
+    """For ``probe``, if not its defaults."""
     modules: tuple[str, ...] | None = None
     """Roles (``up``, ``gate``, ``down``, ``q``, ...) or module-name patterns; default: up and down."""
     step: Count | None = None
     """Compare with the warm-up's weights after this step (the paper's NeFT_Early); one of
     ``warmup.snapshots``. Default: its weights with the lowest development loss."""
 
+    @property
+    def probing(self) -> ProbeSection:
+        """The settings of ``probe``."""
+        return self.probe or ProbeSection()
+
+    @property
+    def needs_warmup(self) -> bool:
+        """Whether it is a warm-up that shows what to score."""
+        return self.method == "cosine"
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> ScoreSection:
+        if self.probe is not None and self.method != "probe":
+            raise ValueError("the section probe needs method 'probe'")
+        if self.step is not None and not self.needs_warmup:
+            raise ValueError(f"step is one of a warm-up, which method {self.method!r} does without")
+        return self
+
 
 class SelectSection(Section):
     """Which neurons are trained (Algorithm 1, step 3)."""
 
     percent: Percent | None = None
-    """Budget in percent of all parameters of the model; give this or ``count``."""
+    """Budget in percent of all parameters of the model; give this, ``count`` or ``megabytes``."""
     count: Count | None = None
+    megabytes: Rate | None = None
+    """Budget by the size of the vectors in the adapter: float32, 1 MB = 10^6 bytes."""
     which: Literal["lowest", "highest", "random"] = "lowest"
     """By cosine; ``highest`` alone is the paper's Reversed."""
     seed: Seed = 0
     """For ``which: random``."""
+    rule: Literal["paper", "even", "floor", "units"] = "paper"
+    """``paper``: one ranking over all layers and projections; ``even``: the budget is dealt evenly to the
+    layers; ``floor``: each layer gets a part of its even share, and the ranking decides about the rest;
+    ``units``: the up, gate and down neurons of a feed-forward unit are chosen together."""
+    floor: Percent = 50.0
+    """For ``rule: floor``: that part, in percent."""
+    above_rounding: bool = False
+    """Leave out neurons that moved no more than rounding to 16 bits moves them."""
     reversed_percent: Percent | None = None
     """As many percent of the neurons with the highest cosine besides (NeFT_3%+Reversed_x%); this or
     ``reversed_count``."""
@@ -320,15 +367,29 @@ class SelectSection(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> SelectSection:
+        budgets = sum(b is not None for b in (self.percent, self.count, self.megabytes))
         if self.neurons is not None:
-            if self.percent is not None or self.count is not None or self.takes_reversed:
+            if budgets or self.takes_reversed:
                 raise ValueError("neurons takes a set as it is; remove the budgets")
-        elif (self.percent is None) == (self.count is None):
-            raise ValueError("give either percent or count")
+            if self.rule != "paper" or self.above_rounding:
+                raise ValueError("neurons takes a set as it is; remove rule and above_rounding")
+        elif budgets != 1:
+            raise ValueError("give one of percent, count and megabytes")
         if self.reversed_percent is not None and self.reversed_count is not None:
             raise ValueError("give either reversed_percent or reversed_count")
         if self.takes_reversed and self.which != "lowest":
             raise ValueError(f"the reversed neurons are joined to the lowest, not to {self.which}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_rule(self) -> SelectSection:
+        if self.rule != "floor" and self.floor != type(self).model_fields["floor"].default:
+            raise ValueError(f"floor goes with rule 'floor', not with {self.rule!r}")
+        if self.takes_reversed and (self.rule != "paper" or self.above_rounding):
+            raise ValueError(
+                "the reversed neurons go with rule 'paper', and without above_rounding: they are those "
+                "that moved least, wherever they are"
+            )
         return self
 
     @property
@@ -339,7 +400,7 @@ class SelectSection(Section):
     @property
     def needs_scores(self) -> bool:
         """Whether the choice depends on a warm-up and its scores."""
-        return self.neurons is None and self.which != "random"
+        return self.neurons is None and (self.which != "random" or self.above_rounding)
 
 
 class LoraSection(Section):
@@ -457,14 +518,23 @@ class Recipe(Section):
         if method in ("neft", "mask"):
             if self.select is None:
                 raise ValueError(f"train.method {method!r} needs the section select")
-            if self.select.needs_scores and self.warmup is None:
+            from_warmup = self.select.needs_scores and self.score.needs_warmup
+            if from_warmup and self.warmup is None:
                 raise ValueError(
                     f"train.method {method!r} needs the section warmup, unless select takes random "
-                    "neurons or a file of them"
+                    "neurons or a file of them, or score.method is 'probe'"
                 )
         if self.train.lora is not None and self.train.lora.match and self.select is None:
             raise ValueError(
                 "train.lora.match 'neft' needs the section select, whose budget it matches"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _probe_has_labels(self) -> Recipe:
+        if self.score.method == "probe" and self.data.task != "classification":
+            raise ValueError(
+                f"score.method 'probe' needs labels, so data.task classification, not {self.data.task!r}"
             )
         return self
 

@@ -34,6 +34,8 @@ class Batch:
     """Token ids ``[batch, tokens]``; texts start at the left."""
     mask: Tensor
     """Booleans ``[batch, tokens]``: which are tokens of a text, and no padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each text."""
 
 
 class Collector(Protocol):
@@ -90,6 +92,39 @@ def stream(
             _read(model, batch)
 
 
+def text_means(layer: int, hidden: Tensor, batch: Batch) -> Tensor:
+    """The hidden state after a layer, averaged over the tokens of each text.
+
+    Args:
+        layer: its index, for the error.
+        hidden: ``[batch, tokens, hidden_size]``, on any device.
+        batch: what the model reads.
+
+    Returns:
+        float64 ``[batch, hidden_size]``, on the CPU.
+
+    Raises:
+        RunError: a hidden state that is not finite.
+    """
+    import torch
+
+    # Text by text: no copy of the batch in float64, and nothing of the padding.
+    means = torch.stack(
+        [
+            states[:length].mean(0, dtype=torch.float64)
+            for states, length in zip(hidden, batch.lengths, strict=True)
+        ]
+    ).cpu()
+    if not means.isfinite().all():
+        row = int(torch.nonzero(~means.isfinite())[0, 0])
+        raise RunError(
+            f"Layer {layer}: a hidden state of text {batch.texts[row] + 1} is not finite. The "
+            "model's weights are broken, or too large for its dtype: check them, or load it in "
+            "float32."
+        )
+    return means
+
+
 def layers_of(model: Any) -> Mapping[int, nn.Module]:
     """The transformer layers of a model, by index, in order.
 
@@ -126,14 +161,15 @@ def _check(texts: Sequence[Sequence[int]]) -> None:
 def _batch(texts: Sequence[Sequence[int]], positions: Sequence[int], device: torch.device) -> Batch:
     import torch
 
-    longest = max(len(texts[position]) for position in positions)
-    input_ids = torch.zeros((len(positions), longest), dtype=torch.long)
-    mask = torch.zeros((len(positions), longest), dtype=torch.bool)
+    lengths = tuple(len(texts[position]) for position in positions)
+    input_ids = torch.zeros((len(positions), max(lengths)), dtype=torch.long)
+    mask = torch.zeros((len(positions), max(lengths)), dtype=torch.bool)
     for row, position in enumerate(positions):
         # Padding to the right: no token of a causal model sees what follows it.
-        input_ids[row, : len(texts[position])] = torch.tensor(texts[position])
-        mask[row, : len(texts[position])] = True
-    return Batch(np.array(positions, dtype=np.int64), input_ids.to(device), mask.to(device))
+        input_ids[row, : lengths[row]] = torch.tensor(texts[position])
+        mask[row, : lengths[row]] = True
+    order = np.array(positions, dtype=np.int64)
+    return Batch(order, input_ids.to(device), mask.to(device), lengths)
 
 
 def _read(model: Any, batch: Batch) -> None:

@@ -23,7 +23,7 @@ import neft
 from neft.checkpoints import open_weights
 from neft.errors import ArchitectureError, CheckpointError
 from neft.neurons import Axis, NeuronScores
-from neft.scoring import METHODS, score_neurons
+from neft.scoring import score_neurons
 from neft.scoring.rounding import rounding_floor
 from reference.cosine import cosine_distances
 
@@ -156,10 +156,6 @@ def test_provenance(tiny_model: TinyModel, tmp_path: Path) -> None:
     }
     scores.save(tmp_path / "scores")
     assert NeuronScores.load(tmp_path / "scores").provenance == scores.provenance
-
-
-def test_methods() -> None:
-    assert METHODS["cosine"] is score_neurons
 
 
 def test_float32_gives_no_warning(

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neft.errors import DataError, RunError
+from neft.errors import DataError
 from neft.files import replaced_atomically
-from neft.streaming import Batch, layers_of, stream
+from neft.streaming import Batch, layers_of, stream, text_means
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,7 +87,6 @@ class HiddenStateCollector:
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
         self._batch: Batch
-        self._lengths: list[int] = []
         self._num_texts = 0
         self._num_tokens = 0
 
@@ -99,28 +98,11 @@ class HiddenStateCollector:
 
     def begin(self, batch: Batch) -> None:
         self._batch = batch
-        self._lengths = batch.mask.sum(1).tolist()
-        self._num_texts += len(self._lengths)
-        self._num_tokens += sum(self._lengths)
+        self._num_texts += len(batch.lengths)
+        self._num_tokens += sum(batch.lengths)
 
     def _add(self, layer: int, _module: nn.Module, _inputs: object, hidden: Tensor) -> None:
-        import torch
-
-        # Text by text: no copy of the batch in float64, and nothing of the padding.
-        means = torch.stack(
-            [
-                states[:length].mean(0, dtype=torch.float64)
-                for states, length in zip(hidden, self._lengths, strict=True)
-            ]
-        ).cpu()
-        if not means.isfinite().all():
-            row = int(torch.nonzero(~means.isfinite())[0, 0])
-            raise RunError(
-                f"Layer {layer}: a hidden state of text {self._batch.texts[row] + 1} is not finite. The "
-                "model's weights are broken, or too large for its dtype: check them, or load it in "
-                "float32."
-            )
-        total = means.sum(0)
+        total = text_means(layer, hidden, self._batch).sum(0)
         self._sums[layer] = self._sums[layer] + total if layer in self._sums else total
 
     @property

@@ -30,11 +30,21 @@ def check_weights(source: WeightSource, projections: Iterable[Projection]) -> No
                 f"{source.label}: {name} has shape {list(tensor.shape)}, but these neurons need "
                 f"{list(projection.weight_shape)}. Give a checkpoint of the model they belong to."
             )
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{source.label}: {name} is stored as {tensor.dtype}; neurons can be compared in "
-                f"{', '.join(_DTYPES)}. Give the checkpoint that was not quantized."
-            )
+        check_dtype(source, name)
+
+
+def check_dtype(source: WeightSource, tensor: str) -> None:
+    """Check that a tensor holds plain numbers.
+
+    Raises:
+        CheckpointError: it is quantized.
+    """
+    dtype = source.tensors[tensor].dtype
+    if dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{source.label}: {tensor} is stored as {dtype}; neurons can be compared in "
+            f"{', '.join(_DTYPES)}. Give the checkpoint that was not quantized."
+        )
 
 
 def read_weight(source: WeightSource, projection: Projection) -> Tensor:

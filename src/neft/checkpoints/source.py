@@ -60,31 +60,40 @@ class WeightSource(ABC):
         return self._read(name)
 
     def weight_name(self, module: str) -> str:
-        """Name of the weight of module ``module`` (as in ``model.named_modules()``).
+        """Name of the weight of module ``module`` (as in ``model.named_modules()``); see ``find``.
+
+        Raises:
+            CheckpointError: there is no such tensor, or more than one could be meant.
+        """
+        wanted = f"{module}.weight"
+        found = self.find(wanted)
+        if found is None:
+            raise self._missing(wanted)
+        return found
+
+    def find(self, parameter: str) -> str | None:
+        """Name of the tensor that is ``parameter`` (as in ``model.named_parameters()``), if there is one.
 
         Checkpoints of a base model lack the prefix that its modules have inside a model with a head
         (GPT-2: ``h.0.mlp.c_fc`` for ``transformer.h.0.mlp.c_fc``), or the other way round; such a name is
         found where only one fits.
 
         Raises:
-            CheckpointError: there is no such tensor, or more than one could be meant.
+            CheckpointError: more than one could be meant.
         """
-        wanted = f"{module}.weight"
-        if wanted in self.tensors:
-            return wanted
+        if parameter in self.tensors:
+            return parameter
         fitting = [
             name
             for name in self.tensors
-            if _is_prefixed(name, wanted) or _is_prefixed(wanted, name)
+            if _is_prefixed(name, parameter) or _is_prefixed(parameter, name)
         ]
         if len(fitting) > 1:
             raise CheckpointError(
-                f"{self.label}: has no tensor {wanted}, and several that end alike: "
+                f"{self.label}: has no tensor {parameter}, and several that end alike: "
                 f"{', '.join(sorted(fitting))}."
             )
-        if not fitting:
-            raise self._missing(wanted)
-        return fitting[0]
+        return fitting[0] if fitting else None
 
     @property
     def num_parameters(self) -> int:

@@ -14,6 +14,9 @@ from neft.errors import CheckpointError, DataError
 from neft.files import file_identity
 from neft.recipe import DataSource, HubData, ModelSection, ParallelFiles
 
+MODEL_IDENTITY = "model_identity"
+"""Where the provenance of a neuron set names the identity of the base model it was chosen in."""
+
 # What transformers reads from a checkpoint folder; not its README or licence.
 _MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}
 
@@ -59,10 +62,15 @@ def model_identity(model: ModelSection) -> str:
     Raises:
         CheckpointError: a file of the folder that cannot be read.
     """
-    folder = Path(model.path).expanduser()
+    return checkpoint_identity(model.path, model.revision)
+
+
+def checkpoint_identity(path: str, revision: str | None = None) -> str:
+    """Identity of a checkpoint folder, or of an id on the Hub; errors as in ``model_identity``."""
+    folder = Path(path).expanduser()
     if folder.is_dir():
         return folder_identity(folder)
-    return f"{model.path}@{model.revision or 'main'}"
+    return f"{path}@{revision or 'main'}"
 
 
 def folder_identity(folder: Path) -> str:

@@ -12,6 +12,7 @@ from neft.errors import UsageError
 from neft.neurons import NeuronScores, NeuronSet
 from neft.pipeline.adapter import read_config
 
+_NUM_SHOWN = 8
 _QUANTILES = (0, 10, 50, 90, 99, 100)
 
 
@@ -53,6 +54,25 @@ def _counts(neurons: NeuronSet) -> list[dict[str, Any]]:
         )
         row[projection.role] += int(neurons[name].size)
     return list(rows.values())
+
+
+def describe_indices(neurons: NeuronSet) -> list[dict[str, Any]]:
+    """One row a projection: how many neurons, and the first of them."""
+    return [
+        {
+            "layer": projection.layer,
+            "role": projection.role,
+            "neurons": int(neurons[name].size),
+            "of": projection.num_neurons,
+            "first": _first(neurons[name].tolist()),
+        }
+        for name, projection in neurons.projections.items()
+    ]
+
+
+def _first(indices: list[int]) -> str:
+    more = " ..." if len(indices) > _NUM_SHOWN else ""
+    return " ".join(map(str, indices[:_NUM_SHOWN])) + more
 
 
 def describe_scores(scores: NeuronScores) -> dict[str, Any]:

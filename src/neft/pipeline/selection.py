@@ -55,14 +55,21 @@ def choose(scores: NeuronScores, options: SelectSection, model: str | None = Non
         model: identity of the base model; sets that are known to be of another are refused.
 
     Raises:
-        NeuronError: a budget that the scored projections cannot hold, a file that is no neuron set or
-            is of another model, or nothing is left.
+        NeuronError: a budget that the scored projections cannot hold, a rule that does not fit them, a
+            file that is no neuron set or is of another model, or nothing is left.
     """
     if options.neurons is not None:
         chosen = _load(options.neurons, scores, model)
     else:
         chosen = scores.select(
-            percent=options.percent, count=options.count, which=options.which, seed=options.seed
+            percent=options.percent,
+            count=options.count,
+            megabytes=options.megabytes,
+            which=options.which,
+            seed=options.seed,
+            rule=options.rule,
+            floor=options.floor,
+            above_rounding=options.above_rounding,
         )
     if options.takes_reversed:
         chosen |= scores.select(

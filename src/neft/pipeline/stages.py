@@ -2,15 +2,16 @@
 
     prepare    checks all that is cheap to check, before anything expensive
     baseline   the base model on the test split
-    warmup     a short full fine-tune: it moves the neurons that the task needs (Algorithm 1, step 1)
-    score      how far each neuron has moved (step 2)
+    warmup     a short full fine-tune: it moves the neurons that the task needs (Algorithm 1, step 1);
+               or what foretells that for less
+    score      how far each neuron has moved (step 2), or would
     select     which neurons are trained (step 3)
     train      the base model again, of which only those neurons change (step 4)
     evaluate   the trained model on the test split, beside the base model
     analysis   what training did to the neurons, if the recipe asks for it
 
 Methods that need no neurons go without warmup, score and select; neurons that are drawn at random or
-come from a file, without warmup and score.
+come from a file, without warmup and score; scores of weights that are there already, without warmup.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ from neft.models import load_model
 from neft.neurons import NeuronScores, NeuronSet
 from neft.pipeline.adapter import load_adapter, load_trained, read_config
 from neft.pipeline.evaluate import evaluate
-from neft.pipeline.identity import data_identity, folder_identity, model_identity
+from neft.pipeline.identity import (
+    checkpoint_identity,
+    data_identity,
+    folder_identity,
+    model_identity,
+)
+from neft.pipeline.measure import measure
 from neft.pipeline.prepare import prepare
 from neft.pipeline.results import collect_results
+from neft.pipeline.scoring import score
 from neft.pipeline.selection import NEURONS, SCORES, choose, resolved_lora, unscored
 from neft.pipeline.stage import Stage
-from neft.recipe import DataSection, Recipe, WarmupSection
+from neft.recipe import DataSection, LoraSection, Recipe, WarmupSection
 from neft.sft.methods import find_method
 
 _Folders: TypeAlias = Mapping[str, Path]
@@ -41,10 +49,22 @@ def stage_names(recipe: Recipe) -> list[str]:
     names = ["prepare", "baseline"]
     if needs_neurons(recipe):
         assert recipe.select is not None
-        names += ["warmup", "score"] if recipe.select.needs_scores else []
+        names += finding_names(recipe) if recipe.select.needs_scores else []
         names.append("select")
     names += ["train", "evaluate"]
     return names if recipe.analysis is None else [*names, "analysis"]
+
+
+def finding_names(recipe: Recipe) -> list[str]:
+    """Names of the stages that find neurons for ``recipe``, in order."""
+    warms_up = recipe.warmup is not None and recipe.warmup.has_length
+    return ["warmup", "score"] if warms_up and recipe.score.method == "cosine" else ["score"]
+
+
+def finding_stages(recipe: Recipe) -> list[Stage]:
+    """The stages that find neurons for ``recipe``, in order; errors as in ``stages_of``."""
+    content = _Content(recipe)
+    return [_MAKERS[name](recipe, content) for name in finding_names(recipe)]
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -129,10 +149,24 @@ class _Content:
         """What the warm-up depends on."""
         options = self._recipe.warmup
         assert options is not None
-        elsewhere = ("train", "dev", "train_limit", "seed")
+        elsewhere = ("train", "dev", "train_limit", "seed", "checkpoint")
         fields = self.section("warmup", without=(*self._NO_INGREDIENTS, *elsewhere))
+        if not options.trains:
+            fields["score.modules"] = self._fields["score"]["modules"]
         data = options.data_of(self._recipe.data)
         return self._learning(data, options.seed_of(self._recipe.seed)) | fields
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What the scores depend on, beside the warm-up."""
+        fields = self.model | self.section("score")
+        warmup = self._recipe.warmup
+        if self._recipe.score.method == "probe":
+            return self._learning(self._recipe.data, self._recipe.seed) | fields
+        assert warmup is not None
+        if warmup.checkpoint is not None:
+            fields["warmup.checkpoint"] = checkpoint_identity(warmup.checkpoint)
+        return fields | {"warmup.method": warmup.method}
 
     @property
     def training(self) -> dict[str, Any]:
@@ -234,17 +268,13 @@ def _warmup(recipe: Recipe, content: _Content) -> Stage:
 
 
 def _score(recipe: Recipe, content: _Content) -> Stage:
+    reads = tuple(finding_names(recipe)[:-1])
+
     def run(working: Path, inputs: _Folders) -> None:
-        from neft.scoring import METHODS
+        score(recipe, inputs.get("warmup"), working)
 
-        step = recipe.score.step
-        warm = inputs["warmup"] / ("model" if step is None else f"snapshots/{step}")
-        before = open_weights(recipe.model.path, recipe.model.revision)
-        scores = METHODS[recipe.score.method](before, open_weights(warm), recipe.score.modules)
-        scores.save(working / SCORES)
-
-    ingredients = content.model | content.section("score")
-    return Stage("score", 1, ingredients, ("warmup",), run, derived=True)
+    # Without a warm-up, it is the score that reads data.
+    return Stage("score", 1, content.scoring, reads, run, derived=True)
 
 
 def _select(recipe: Recipe, content: _Content) -> Stage:
@@ -307,6 +337,15 @@ _MAKERS: dict[str, Callable[[Recipe, _Content], Stage]] = {
 
 
 def _warm_up(recipe: Recipe, options: WarmupSection, folder: Path) -> None:
+    if options.trains:
+        _warm_up_by_training(recipe, options, folder)
+    else:
+        measure(recipe, options, folder)
+    # Models are held in reference cycles; the next stage needs that memory.
+    gc.collect()
+
+
+def _warm_up_by_training(recipe: Recipe, options: WarmupSection, folder: Path) -> None:
     from neft.sft.train import train
 
     train(
@@ -314,12 +353,11 @@ def _warm_up(recipe: Recipe, options: WarmupSection, folder: Path) -> None:
         options.data_of(recipe.data),
         options,
         method=options.method,
+        lora=LoraSection(rank=options.rank) if options.method == "lora" else None,
         seed=options.seed_of(recipe.seed),
         folder=folder,
         snapshots=options.snapshots,
     )
-    # The trainer held its model in reference cycles; the next stage needs that memory.
-    gc.collect()
 
 
 def _train_on(recipe: Recipe, neurons: NeuronSet | None, folder: Path) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart by most colour-blind readers, as are the markers without colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FORMATS = ("png", "svg")
+"""Kinds of files, by their suffixes."""
 _PANEL_INCHES = (4.2, 3.4)
 _MAX_COLUMNS = 3
 
@@ -121,14 +123,19 @@ def new_figure(num_panels: int) -> Figure:
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write ``stem.png`` and ``stem.svg``, the same bytes for the same figure."""
+    files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in FORMATS]
+    for file in files:
+        write_figure(figure, file)
+    return files
+
+
+def write_figure(figure: Figure, file: Path) -> None:
+    """Write one file, PNG or SVG by its suffix; the same bytes for the same figure."""
     from matplotlib import rc_context
 
-    files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
-    for file in files:
-        # Without a date and with fixed ids, the same numbers give the same bytes.
-        with replaced_atomically(file) as part, rc_context({"svg.hashsalt": "neft"}):
-            kind = file.suffix.removeprefix(".")
-            figure.savefig(
-                part, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None
-            )
-    return files
+    kind = file.suffix.removeprefix(".")
+    assert kind in FORMATS, file
+    # Without a date and with fixed ids, the same numbers give the same bytes.
+    with replaced_atomically(file) as part, rc_context({"svg.hashsalt": "neft"}):
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(part, format=kind, dpi=150, metadata=metadata)

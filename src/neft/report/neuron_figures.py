@@ -20,7 +20,8 @@ _WIDTH = 7.6
 _NUM_BINS = 60
 # A cell of the colour map that is this dark, in 0..1, gets a white number.
 _DARK = 0.55
-_NUM_COLUMNS_WITH_NUMBERS = 40
+# Characters that fit beside one another in a row of the colour map: up to three each of 40 layers.
+_NUM_CHARACTERS_A_ROW = 120
 _NUM_TICKS = 16
 
 
@@ -40,12 +41,39 @@ def draw_neuron_map(
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         percent = np.ma.masked_invalid(100.0 * num_trained / num_candidates)
+    texts = [[_short(value) for value in row] for row in percent]
+    return _draw_map(percent, texts, layers, roles, label="% trained")
+
+
+def draw_change_map(
+    change: NDArray[np.float64], layers: Sequence[int], roles: Sequence[str]
+) -> Figure:
+    """How far fine-tuning moved each layer's projections.
+
+    Args:
+        change: ``|after - before| / |before|``, ``[roles, layers]``; NaN where a layer lacks one.
+        layers: indices of layers.
+        roles: names of projections.
+    """
+    percent = np.ma.masked_invalid(100.0 * change)
+    texts = [[_two_digits(value) for value in row] for row in percent]
+    return _draw_map(percent, texts, layers, roles, label="change in %")
+
+
+def _draw_map(
+    percent: np.ma.MaskedArray[Any, np.dtype[np.float64]],
+    texts: Sequence[Sequence[str]],
+    layers: Sequence[int],
+    roles: Sequence[str],
+    label: str,
+) -> Figure:
+    """Cells of roles by layers, each with its number while there is room for it."""
     figure = _figure(_WIDTH, 0.9 + 0.45 * len(roles))
     axes = figure.add_subplot()
     # Cells as shapes, not as a picture: sharp at any size.
     mesh = axes.pcolormesh(percent, cmap="cividis", vmin=0, edgecolors="none", linewidth=0)
-    if len(layers) <= _NUM_COLUMNS_WITH_NUMBERS:
-        texts = [[_short(value) for value in row] for row in percent]
+    widest = max((len(text) for row in texts for text in row), default=0)
+    if len(layers) * max(widest, 3) <= _NUM_CHARACTERS_A_ROW:
         _write_in_cells(axes, percent, texts, top=float(np.max(percent)) or 1.0)
     step = _tick_step(len(layers))
     axes.set_xticks(np.arange(0, len(layers), step) + 0.5, [str(n) for n in layers[::step]])
@@ -55,7 +83,7 @@ def draw_neuron_map(
     axes.spines[:].set_visible(False)
     axes.set_xlabel("layer")
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=8)
-    bar.set_label("% trained")
+    bar.set_label(label)
     bar.outline.set_visible(False)
     assert bar.solids is not None
     # Its gradient as a picture inside the SVG; hundreds of shapes would show hairlines.
@@ -70,6 +98,11 @@ def _tick_step(count: int) -> int:
 
 def _short(value: Any) -> str:
     return "" if value is np.ma.masked else f"{value:.0f}"
+
+
+def _two_digits(value: Any) -> str:
+    """At least; more of a large number, which ``g`` would write with an exponent."""
+    return _short(value) if value is np.ma.masked or value >= 99.5 else f"{value:.2g}"
 
 
 def _write_in_cells(

@@ -17,6 +17,7 @@ from neft.neurons import ROLE_ORDER
 from neft.report import neuron_figures as figures
 from neft.report.figures import save_figure
 from neft.report.neuron_table import known_neurons
+from neft.report.plot_names import DESCRIPTIONS
 from neft.report.run_data import RunData, has_columns
 from neft.report.wording import listed, share
 
@@ -323,18 +324,18 @@ def _rises(row: Mapping[str, Any]) -> str:
     )
 
 
+_DRAWN: Mapping[str, tuple[Callable[[RunData], Drawn | None], str]] = {
+    "training": (training, ""),
+    "neurons": (neurons, ""),
+    "scores": (scores, ""),
+    "figure3": (figure3, _ANALYSIS),
+    "figure5": (figure5, _ANALYSIS),
+    "figure6": (figure6, _ANALYSIS),
+    "overlap": (overlap, _OVERLAP),
+    "causal": (causal, _CAUSAL),
+}
+
 PLOTS: Mapping[str, Plot] = {
-    "training": Plot("training curves of the warm-up and of the training", training),
-    "neurons": Plot("where the trained neurons are: layers and projections", neurons),
-    "scores": Plot("histogram of 1 - cos, with the selection in it", scores),
-    "figure3": Plot("rank change by percentile of rank (Figure 3)", figure3, _ANALYSIS),
-    "figure5": Plot("average rank change (Figure 5)", figure5, _ANALYSIS),
-    "figure6": Plot(
-        "strongly affected, suppressed, indirectly affected neurons (Figure 6)",
-        figure6,
-        _ANALYSIS,
-    ),
-    "overlap": Plot("shared neurons of selections, beside chance (Table 5)", overlap, _OVERLAP),
-    "causal": Plot("what restoring groups of neurons costs", causal, _CAUSAL),
+    name: Plot(description, *_DRAWN[name]) for name, description in DESCRIPTIONS.items()
 }
 """Name -> figure."""

@@ -1,13 +1,8 @@
 """Ways of scoring neurons, one a file."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-
-from neft.neurons import NeuronScores
+from neft.scoring.activation import score_by_activation
 from neft.scoring.cosine import score_neurons
+from neft.scoring.gradient import score_by_gradient
+from neft.scoring.norm import score_by_norm
 
-METHODS: Mapping[str, Callable[..., NeuronScores]] = {"cosine": score_neurons}
-"""By the ``score.method`` of a recipe."""
-
-__all__ = ["METHODS", "score_neurons"]
+__all__ = ["score_by_activation", "score_by_gradient", "score_by_norm", "score_neurons"]

@@ -6,16 +6,19 @@ token for token, what it is given at inference: no token straddles the boundary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from neft.errors import DataError
 from neft.recipe import DataSection
-from neft.sft.data import Example
+from neft.sft.data import Example, Split, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -88,6 +91,26 @@ def encode_all(
             "left. Raise max_length, or set data.overlong to truncate."
         )
     return Encoded(input_ids, labels, len(examples) - len(input_ids), num_truncated)
+
+
+def load_encoded(data: DataSection, split: Split, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Load and encode a split; tells how many examples were too long.
+
+    Raises:
+        DataError: a file, row or field that cannot be used, or no example is left.
+    """
+    examples = load_examples(data, split)
+    encoded = encode_all(examples, tokenizer, data)
+    if encoded.num_dropped or encoded.num_truncated:
+        _log.warning(
+            "data.%s: of %d examples, %d were dropped and %d truncated to max_length = %d tokens.",
+            split,
+            len(examples),
+            encoded.num_dropped,
+            encoded.num_truncated,
+            data.max_length,
+        )
+    return encoded
 
 
 def _encode(

@@ -31,9 +31,9 @@ from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.neurons import NeuronSet
 from neft.recipe import DataSection, LoraSection, ModelSection, TrainingSection
 from neft.sft.callbacks import MeasureSteps, SealCheckpoints, ShowProgress, StopOnSignal
-from neft.sft.data import Split, load_examples
+from neft.sft.in_backward import StepInBackward
 from neft.sft.methods import METHODS, check_inputs, prepare
-from neft.sft.prompts import Encoded, encode_all
+from neft.sft.prompts import Encoded, load_encoded
 from neft.sft.resume import (
     checkpoint_folder,
     discard_torn,
@@ -45,8 +45,12 @@ from neft.sft.trainer import TargetTrainer
 
 _log = logging.getLogger(__name__)
 
+# As the trainer calls them.
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
+
 RECORD = "training.json"
 """Written last: a run is finished when its folder has it."""
+_HISTORY = ("step", "loss", "grad_norm", "learning_rate")
 SNAPSHOTS = "snapshots"
 """Holds a folder like the result for each step whose weights were to be kept."""
 
@@ -69,7 +73,8 @@ class TrainingResult:
     num_parameters: int
     """Of the base model."""
     history: dict[str, list[dict[str, float]]]
-    """``train``: step, loss, gradient norm and learning rate of every step; ``dev``: step and loss."""
+    """``train``: step, loss, gradient norm and learning rate of every step, but no norm with
+    ``in_backward``; ``dev``: step and loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +163,7 @@ def train(
     _check_options(method, options, snapshots)
     check_machine(model, options)
     tokenizer = load_tokenizer(model)
-    train_split, dev_split = (_encoded(data, split, tokenizer) for split in ("train", "dev"))
+    train_split, dev_split = (load_encoded(data, split, tokenizer) for split in ("train", "dev"))
     run = _Run(
         model=model,
         options=options,
@@ -211,21 +216,17 @@ def check_machine(model: ModelSection, options: TrainingSection) -> None:
             "model.dtype is float16, whose gradients need the loss scaling of a GPU; there is none here. "
             "Use bfloat16 or float32."
         )
-
-
-def _encoded(data: DataSection, split: Split, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    examples = load_examples(data, split)
-    encoded = encode_all(examples, tokenizer, data)
-    if encoded.num_dropped or encoded.num_truncated:
-        _log.warning(
-            "data.%s: of %d examples, %d were dropped and %d truncated to max_length = %d tokens.",
-            split,
-            len(examples),
-            encoded.num_dropped,
-            encoded.num_truncated,
-            data.max_length,
+    if options.in_backward and model.dtype == "float16":
+        raise UsageError(
+            "in_backward updates weights before float16 gradients can be checked for overflow. Use "
+            "bfloat16 or float32."
         )
-    return encoded
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.in_backward and num_processes > 1:
+        raise UsageError(
+            f"in_backward updates weights before {num_processes} processes could share their gradients. "
+            "Run it in one process, or set it to false."
+        )
 
 
 def _digest(value: Any) -> str:
@@ -287,6 +288,8 @@ def _train(run: _Run) -> None:
         folders = {step: run.folder / SNAPSHOTS / str(step) for step in run.snapshots}
         for callback in (SealCheckpoints(folders), MeasureSteps(), stop, shown):
             trainer.add_callback(callback)
+        if run.options.in_backward:
+            trainer.add_callback(StepInBackward())
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except torch.OutOfMemoryError as error:
@@ -378,12 +381,13 @@ def _settings(run: _Run) -> SFTConfig:
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
-        optim="adamw_torch_fused",
+        optim=_OPTIMIZERS[options.optimizer],
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.scheduler,
         warmup_steps=options.warmup_steps,
         weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
+        # Gradients that are freed in the backward pass are not there to be clipped.
+        max_grad_norm=0.0 if options.in_backward else options.max_grad_norm,
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=not torch.accelerator.is_available(),
@@ -444,10 +448,7 @@ def _publish(run: _Run) -> None:
             "versions": {"neft": neft.__version__}
             | {package: version(package) for package in ("torch", "transformers", "peft", "trl")},
             "history": {
-                "train": [
-                    {key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate")}
-                    for entry in steps
-                ],
+                "train": [{key: entry[key] for key in _HISTORY if key in entry} for entry in steps],
                 "dev": [
                     {"step": entry["step"], "loss": entry["eval_loss"]}
                     for entry in state["log_history"]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -17,6 +14,8 @@ from transformers.utils import is_triton_available
 from trl import SFTTrainer
 
 from neft.errors import DivergenceError
+from neft.sft.batches import LengthGrouped
+from neft.sft.loss import target_loss
 from neft.sft.prompts import IGNORED
 from neft.sft.resume import last_checkpoint
 
@@ -49,18 +48,9 @@ class TargetTrainer(SFTTrainer):
         has_kernel = device.type in ("cuda", "xpu") and is_triton_available()
         if has_kernel or return_outputs or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Position t predicts token t + 1.
-        next_labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        is_scored = next_labels != IGNORED
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with _projecting_only(is_scored, head):
-            logits = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-            ).logits
-        total = F.cross_entropy(logits.float(), next_labels[is_scored], reduction="sum")
-        return total / (is_scored.sum() if num_items_in_batch is None else num_items_in_batch)
+        total, count = target_loss(model, inputs, head)
+        return total / (count if num_items_in_batch is None else num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -107,6 +97,12 @@ class TargetTrainer(SFTTrainer):
                 raise DivergenceError(self._breakdown(meaning, logs[name]))
         super().log(logs, start_time)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
+        if all(parameter.grad is None for parameter in model.parameters()):
+            return None  # freed in the backward pass
+        norm: float = super()._get_grad_norm(model, grad_norm)
+        return norm
+
     def _breakdown(self, meaning: str, value: float) -> str:
         kept = last_checkpoint(Path(self.args.output_dir))
         return (
@@ -123,53 +119,6 @@ class TargetTrainer(SFTTrainer):
         """Report nothing about the user's run to anyone."""
 
 
-class LengthGrouped(Sampler[int]):
-    """Positions in an order whose batches hold like lengths, the batches themselves being shuffled.
-
-    The trainer's own sampler goes from long to short within each pool, so that the length of texts
-    follows the learning rate; and it draws from a global generator, so that a resumed run differs.
-
-    Args:
-        lengths: of the examples, in tokens.
-        batch_size: examples that are padded to one length.
-        seed: of the order; every epoch has another.
-    """
-
-    # Examples are sorted within random pools of this many batches: enough for little padding.
-    _POOL = 32
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = lengths
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Tell it which epoch comes next."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        """The positions of one epoch."""
-        # Not their sum: the second epoch of one seed must not be the first of the next.
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        order = torch.randperm(len(self._lengths), generator=generator).tolist()
-        size = self._POOL * self._batch_size
-        pools = [order[start : start + size] for start in range(0, len(order), size)]
-        batches = [
-            pool[start : start + self._batch_size]
-            for pool in (sorted(pool, key=self._lengths.__getitem__) for pool in pools)
-            for start in range(0, len(pool), self._batch_size)
-        ]
-        # Only the last batch may be smaller, as the loader cuts batches of one size.
-        last = [batches.pop()] if len(batches[-1]) < self._batch_size else []
-        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        return iter([position for batch in shuffled + last for position in batch])
-
-
 class _TellEpoch(TrainerCallback):
     """Tells a sampler the epoch, which wrappers of several processes do not pass on when resuming."""
 
@@ -178,16 +127,3 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, _args: Any, state: TrainerState, _control: Any, **_: Any) -> None:
         self._sampler.set_epoch(int(state.epoch or 0))
-
-
-@contextmanager
-def _projecting_only(is_scored: Tensor, head: nn.Module) -> Iterator[None]:
-    """Let ``head`` see only the hidden states ``[num_scored, hidden]`` of positions ``[batch, length]``.
-
-    A hook rather than a projection of our own, as models scale or cap their logits in their own ways.
-    """
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][is_scored],))
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -1,0 +1,176 @@
+"""What gradients foretell: how far the first steps of a full fine-tune would turn each neuron.
+
+Adam moves a weight in each step by the learning rate, times a number that is near 1 or -1 as long as the
+gradient keeps its sign from batch to batch, and small where the sign changes. The mean sign u of the
+gradient over T batches, without an update in between, stands for that move. A neuron w would turn by
+
+    1 - cos = |v|² / (2 |w|²)        v = u - (u·w / |w|²) w
+
+in a run whose rates sum to 1, as long as that is small; the order does not depend on the sum.
+
+A sum of signs takes one byte a weight for up to 127 batches. Gradients are computed one matrix after the
+other and freed at once. So beside the model's weights and activations, memory holds one byte for each
+weight of the scored projections, and one gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from neft import __version__
+from neft.checkpoints import WeightSource, open_weights
+from neft.errors import DataError, DivergenceError, RunError
+from neft.neurons import NeuronScores, Projection
+from neft.projections import find_projections
+from neft.scoring.neuron_vectors import SMALLEST, neuron_vectors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_INT8_BATCHES = torch.iinfo(torch.int8).max
+
+Loss: TypeAlias = Callable[[Any, Mapping[str, Tensor]], Tensor]
+
+
+class GradientSigns:
+    """Sums of the signs of gradients, weight by weight, while a model reads batches.
+
+    Args:
+        sums: module name -> int8 or int16, in the shape of the module's weight.
+        count: how many batches they are sums over.
+        loss: mean loss of a model on a batch, a scalar; default: ``model(**batch).loss``.
+    """
+
+    def __init__(
+        self, sums: Mapping[str, Tensor], count: int = 0, loss: Loss | None = None
+    ) -> None:
+        self.sums = dict(sums)
+        self.count = count
+        self._loss = loss or _own_loss
+
+    @classmethod
+    def nothing_yet(
+        cls, projections: Iterable[Projection], num_batches: int, loss: Loss | None = None
+    ) -> GradientSigns:
+        """Zeros for projections, of a type that can hold the sums over ``num_batches``."""
+        dtype = torch.int8 if num_batches <= _INT8_BATCHES else torch.int16
+        return cls({p.name: torch.zeros(p.weight_shape, dtype=dtype) for p in projections}, 0, loss)
+
+    def add(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Let ``model`` read batches; its weights stay as they are.
+
+        Raises:
+            DivergenceError: a loss or gradient that is not finite.
+            RunError: too little memory on the device.
+        """
+        with self._watching(model):
+            for batch in batches:
+                try:
+                    value = self._loss(model, batch)
+                    if not value.isfinite():
+                        raise self._broken(f"the loss is {value.item()}")
+                    value.backward()
+                except torch.OutOfMemoryError as error:
+                    raise RunError(
+                        f"Batch {self.count + 1}: the device has too little memory. Lower batch_size, or "
+                        "set gradient_checkpointing."
+                    ) from error
+                self.count += 1
+
+    @contextmanager
+    def _watching(self, model: nn.Module) -> Iterator[None]:
+        """Only the summed weights get gradients, and each is added and freed as soon as it is whole."""
+        wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        with ExitStack() as undo:
+            for parameter, before in wanted.items():
+                undo.callback(parameter.requires_grad_, before)
+                parameter.requires_grad_(False)
+            for name in self.sums:
+                weight = model.get_parameter(f"{name}.weight")
+                weight.requires_grad_(True)
+                hook = weight.register_post_accumulate_grad_hook(partial(self._take, name))
+                undo.callback(hook.remove)
+            yield
+
+    def _take(self, name: str, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        if not gradient.isfinite().all():
+            raise self._broken(f"the gradient of {name} is not finite")
+        self.sums[name] += gradient.sign_().to(self.sums[name])
+
+    def _broken(self, what: str) -> DivergenceError:
+        return DivergenceError(
+            f"Batch {self.count + 1}: {what}. Look for faulty weights in the base model, or set "
+            "model.dtype to float32."
+        )
+
+    def scores(self, base: WeightSource) -> NeuronScores:
+        """How far the mean signs would turn each neuron; ``base`` is read one matrix at a time."""
+        projections = find_projections(base.network, [*self.sums])
+        distances = {p.name: self._turns(base, p) for p in projections}
+        provenance = {
+            "method": "gradient",
+            "before": base.label,
+            "num_batches": self.count,
+            "neft": __version__,
+        }
+        return NeuronScores(projections, distances, base.num_parameters, provenance)
+
+    def _turns(self, base: WeightSource, projection: Projection) -> npt.NDArray[np.float64]:
+        """``1 - cos`` of each neuron, float64 ``[num_neurons]``."""
+        dim = projection.neuron_dim
+        sums = self.sums[projection.name]
+        parts = []
+        for start, vectors in neuron_vectors(base, projection):
+            slab = sums.narrow(dim, start, len(vectors)).to(vectors) / self.count
+            moves = slab if dim == 0 else slab.T
+            squared = vectors.square().sum(1).clamp(min=SMALLEST)
+            along = (moves * vectors).sum(1)
+            across = moves.square().sum(1) - along.square() / squared
+            parts.append(across.clamp(min=0) / (2 * squared))
+        return torch.cat(parts).numpy()
+
+
+def _own_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    found: Tensor = model(**batch).loss
+    return found
+
+
+def score_by_gradient(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    modules: Sequence[str] | None = None,
+    *,
+    loss: Loss | None = None,
+) -> NeuronScores:
+    """Foretell how far a short full fine-tune would turn each neuron, without updating anything.
+
+    Args:
+        model: the original model; its weights stay as they are.
+        batches: what the fine-tune would read, each batch a step.
+        modules: projections to score (see ``find_projections``); default: up and down.
+        loss: mean loss of a model on a batch, a scalar; default: ``model(**batch).loss``.
+
+    Returns:
+        ``1 - cos`` in a run whose learning rates sum to 1, for small angles (see the module).
+
+    Raises:
+        ArchitectureError: projections that the model does not have.
+        DataError: no batches.
+        DivergenceError: a loss or gradient that is not finite.
+        RunError: too little memory on the device.
+    """
+    if not batches:
+        raise DataError("There are no batches to read; give at least one.")
+    signs = GradientSigns.nothing_yet(find_projections(model, modules), len(batches), loss)
+    signs.add(model, batches)
+    return signs.scores(open_weights(model))

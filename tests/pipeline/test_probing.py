@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 
 from neft.errors import ArchitectureError, DataError
+from neft.models import load_model
 from neft.neurons import NeuronScores, NeuronSet
 from neft.pipeline.probing import check_probe, probe_scores
 from neft.pipeline.run import run
@@ -79,13 +79,13 @@ def test_the_first_texts(place: str, nli) -> None:
 
 def test_long_texts_are_dropped_or_cut_as_in_training(nli) -> None:
     everything, all_labels = check_probe(nli())
-    short = [len(text) <= 12 for text in everything]
+    short = [len(text) <= 15 for text in everything]
     assert 0 < sum(short) < 18
-    texts, labels = check_probe(nli(**{"data.max_length": 12}))
+    texts, labels = check_probe(nli(**{"data.max_length": 15}))
     assert texts == [text for text, fits in zip(everything, short, strict=True) if fits]
     assert labels == [label for label, fits in zip(all_labels, short, strict=True) if fits]
-    texts, labels = check_probe(nli(**{"data.max_length": 12, "data.overlong": "truncate"}))
-    assert texts == [text[:12] for text in everything]
+    texts, labels = check_probe(nli(**{"data.max_length": 15, "data.overlong": "truncate"}))
+    assert texts == [text[:15] for text in everything]
     assert labels == all_labels
 
 
@@ -104,8 +104,9 @@ def test_scores_are_those_of_the_parts(nli, tiny_model: TinyModel) -> None:
 def test_weights_are_compared_in_the_precision_in_which_they_are_stored(
     nli, tiny_model: TinyModel
 ) -> None:
-    scores = probe_scores(nli(**{"model.dtype": "bfloat16"}))
-    probes = fit_probes(tiny_model().to(torch.bfloat16), *check_probe(nli()), folds=2)
+    recipe = nli(**{"model.dtype": "bfloat16"})
+    scores = probe_scores(recipe)
+    probes = fit_probes(load_model(recipe.model), *check_probe(recipe), folds=2)
     expected = score_by_probe(tiny_model(), probes)  # float32, as in the file
     for name, distances in expected.distances.items():
         np.testing.assert_array_equal(scores.distances[name], distances)

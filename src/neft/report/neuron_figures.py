@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neft.analysis.table import Table
-from neft.report.figures import COLOURS
+from neft.report.figures import COLOURS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -230,7 +230,7 @@ def draw_overlap(overlap: Table) -> Figure:
     """
     rows = whole_model(overlap)
     percents = sorted({row["percent"] for row in rows if row["percent"] is not None})
-    figure = _figure(_WIDTH, 3.6 if len(percents) > 1 else 3.2)
+    figure = _figure(_WIDTH, 4.2 if len(percents) > 1 else 3.2)
     axes = figure.subplots(1, 2 if len(percents) > 1 else 1, squeeze=False)[0]
     largest = [row for row in rows if not percents or row["percent"] == percents[-1]]
     _draw_matrix(axes[0], largest)
@@ -274,7 +274,7 @@ def _draw_matrix(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    pairs = list(dict.fromkeys((row["a"], row["b"]) for row in rows if row["a"] != row["b"]))
+    pairs = _unordered(rows)
     for number, pair in enumerate(pairs):
         own = sorted(
             (row for row in rows if (row["a"], row["b"]) == pair), key=lambda row: row["percent"]
@@ -282,15 +282,28 @@ def _draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         budgets = [row["percent"] for row in own]
         colour = COLOURS[number % len(COLOURS)]
         shares = [100 * row["share"] for row in own]
-        axes.plot(budgets, shares, marker="o", markersize=4, color=colour, label=" / ".join(pair))
+        marker = MARKERS[number % len(MARKERS)]
+        label = " / ".join(pair)
+        axes.plot(budgets, shares, marker=marker, markersize=4, color=colour, label=label)
         chance = [100 * row["chance_share"] for row in own]
-        label = "chance" if number == len(pairs) - 1 else None
-        axes.plot(budgets, chance, linestyle=":", color="black", linewidth=1.2, label=label)
+        of_chance = "chance" if number == len(pairs) - 1 else None
+        axes.plot(budgets, chance, linestyle=":", color="black", linewidth=1.2, label=of_chance)
     axes.set_xlabel("budget (% of all parameters)")
     axes.set_ylabel("shared %")
     axes.set_ylim(0, 105)
     _tidy(axes)
-    axes.legend(frameon=False, fontsize="x-small")
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="x-small")
+
+
+def _unordered(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Pairs of selections; each once where both are of one size, as they share the same part then."""
+    pairs: dict[object, tuple[str, str]] = {}
+    for row in rows:
+        pair = row["a"], row["b"]
+        if row["a"] != row["b"]:
+            same = frozenset(pair) if row["num_a"] == row["num_b"] else pair
+            pairs.setdefault(same, pair)
+    return list(pairs.values())
 
 
 def draw_training(trainings: Mapping[str, Mapping[str, Any]]) -> Figure:

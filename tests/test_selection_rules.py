@@ -155,7 +155,7 @@ def oracle(
 
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("rule", ["paper", "even", "floor"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_every_count(which: Any, rule: Any, seed: int) -> None:
     scores = made_up(seed, lengths=(2, 3, 5), ties=seed % 2 == 0)
     for count in range(len(scores) + 1):
@@ -167,7 +167,7 @@ def test_every_count(which: Any, rule: Any, seed: int) -> None:
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("rule", ["paper", "even", "floor"])
 @pytest.mark.parametrize("lengths", [(4,), (2, 3, 5)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_scalars_of_every_size(which: Any, rule: Any, lengths: tuple[int, ...], seed: int) -> None:
     scores = made_up(seed, lengths=lengths)
     held = sum(p.num_neurons * p.vector_length for p in scores.projections.values())

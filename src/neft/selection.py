@@ -224,18 +224,19 @@ def _dealt(
     ranking: Indices, costs: Indices, layers: Indices, limit: int, preference: Preference
 ) -> Indices:
     """A ranking in the order in which layers take turns (``even``), or get their floor first."""
-    in_layer = np.empty_like(ranking)
-    for layer in np.unique(layers[ranking]):
-        turns = np.flatnonzero(layers[ranking] == layer)
-        in_layer[turns] = np.cumsum(costs[ranking[turns]])
+    costs, layers = costs[ranking], layers[ranking]
+    numbers = np.unique(layers)
+    # What a layer has spent once it has got a group, in its own order.
+    spent = np.empty_like(costs)
+    for number in numbers:
+        own = np.flatnonzero(layers == number)
+        spent[own] = np.cumsum(costs[own])
     if preference.rule == "even":
         # The turn is with the layer that has spent least, among equals the first; one that has no more
-        # neurons is passed over.
-        before = in_layer - costs[ranking]
-        return ranking[np.lexsort((layers[ranking], before))]
-    num_layers = len(np.unique(layers[ranking]))
-    share = math.floor(Fraction(str(preference.floor)) / 100 * limit / max(1, num_layers))
-    guaranteed = in_layer <= share
+        # groups is passed over.
+        return ranking[np.lexsort((layers, spent - costs))]
+    share = math.floor(Fraction(str(preference.floor)) / 100 * limit / max(1, len(numbers)))
+    guaranteed = spent <= share
     return np.concatenate([ranking[guaranteed], ranking[~guaranteed]])
 
 

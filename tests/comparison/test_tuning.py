@@ -57,6 +57,12 @@ def test_a_single_rate_is_not_tuned() -> None:
     assert tried([2e-3], 2, distance_from(1.0)) == [2e-3]
 
 
+def test_a_single_rate_is_chosen_before_it_is_tried() -> None:
+    assert best([Trial(2e-3, None)]) == Trial(2e-3, None)
+    assert best([Trial(2e-3, None, "no space left")]) is None
+    assert best([Trial(2e-3, math.inf, "diverged")]) == Trial(2e-3, math.inf, "diverged")
+
+
 def test_nothing_is_widened_before_all_losses_are_known() -> None:
     known = {1e-4: 2.0, 2e-4: 1.0}
     assert tried([1e-4, 2e-4, 4e-4], 2, known.get) == [1e-4, 2e-4, 4e-4]

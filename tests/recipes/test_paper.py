@@ -8,6 +8,7 @@ import pytest
 
 from neft.comparison.outline import Outline, outline
 from neft.comparison.schema import Comparison, load_comparison
+from neft.pipeline.stages import stage_names
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "recipes" / "paper"
@@ -69,6 +70,21 @@ def test_tables_2_and_6(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rows["FT-{in,out}"].num_trainable == 2 * 32 * 11008 * 4096
 
 
+def test_table_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = planned("table1", monkeypatch)
+    assert set(cells) == {"en", "fr", "de"}
+    ways = {"NeFT 6% Probe": "probe", "NeFT 6% Cosine": "cosine", "NeFT 6% Random": "cosine"}
+    comparison = load("table1")
+    for task, rows in cells.items():
+        assert set(rows) == {"FT-full", "LoRA of 6%", *ways}
+        for name, way in ways.items():
+            assert (rows[name].num_trainable, rows[name].note) == (409_600_000, "100,000 neurons")
+            recipe = comparison.cell(task, comparison.row(name), 0, 2e-5)
+            assert recipe.score.method == way
+            assert ("warmup" in stage_names(recipe)) == (name == "NeFT 6% Cosine")
+        assert rows["LoRA of 6%"].num_trainable == pytest.approx(409_600_000, rel=0.01)
+
+
 def test_table_3(monkeypatch: pytest.MonkeyPatch) -> None:
     cells = planned("table3", monkeypatch)
     assert set(cells) == {"en-zh", "fr-zh", "hi-zh"}
@@ -92,7 +108,7 @@ def test_table_4_and_figure_4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_method_may_choose_its_rate() -> None:
-    for name in ("table2", "table3", "table4"):
+    for name in ("table1", "table2", "table3", "table4"):
         for entry in load(name).methods:
             if entry.learning_rates is not None:
                 assert len(entry.learning_rates) > 1

@@ -153,6 +153,10 @@ class Cells:
         """What a cell is brought to in the end."""
         return [name for name in (*_EVALUATED, "analysis") if name in self.jobs(cell)]
 
+    def own_stages(self, cell: Cell) -> list[str]:
+        """Those of the last stages that a cell seldom shares with others."""
+        return [name for name in self.last_stages(cell) if name != "baseline"]
+
     def is_finished(self, cell: Cell) -> bool:
         """Whether nothing is left to do for a cell."""
         jobs = self.jobs(cell)

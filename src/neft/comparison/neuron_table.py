@@ -9,6 +9,7 @@ from typing import Any
 
 from neft.analysis.ranks import EDGES
 from neft.analysis.table import Table
+from neft.comparison.markdown import table
 from neft.comparison.neurons import PERCENTS, TaskNeurons
 from neft.comparison.schema import Comparison
 from neft.report.method_figures import (
@@ -21,7 +22,7 @@ from neft.report.method_figures import (
 
 def neurons_markdown(tasks: Sequence[TaskNeurons]) -> str:
     """Tables of what was found, one section a task."""
-    return "\n".join(line for task in tasks for line in _lines(task))
+    return "\n".join(line for task in tasks for line in _section(task))
 
 
 def draw_neurons(comparison: Comparison, tasks: Sequence[TaskNeurons], folder: Path) -> list[Path]:
@@ -39,8 +40,8 @@ def draw_neurons(comparison: Comparison, tasks: Sequence[TaskNeurons], folder: P
         counts = {row.name: (row.strong, row.suppressed, row.indirect) for row in task.rows}
         drawn += save_affected(stem.with_name(f"{stem.name}-affected"), counts)
         if task.selections:
-            table = Table(_by_column(task.selections))
-            drawn += save_selections(stem.with_name(f"{stem.name}-overlap"), table)
+            overlap = Table(_by_column(task.selections))
+            drawn += save_selections(stem.with_name(f"{stem.name}-overlap"), overlap)
     return drawn
 
 
@@ -57,17 +58,26 @@ def _to_reference(comparison: Comparison, task: TaskNeurons) -> Iterator[tuple[s
             yield other, pair.average_rank_change
 
 
-def _lines(task: TaskNeurons) -> Iterator[str]:
+def _section(task: TaskNeurons) -> list[str]:
+    return [
+        f"## {task.task}: neurons",
+        "",
+        f"{task.num_neurons:,} neurons, ranked by utilization in each projection's own list, against "
+        f"the base model; two unrelated orders would differ by {task.unrelated:,.0f} ranks.",
+        "",
+        *_changes(task),
+        *_buckets(task),
+        *_pairs(task),
+        *_selections(task),
+        *_causal(task),
+    ]
+
+
+def _changes(task: TaskNeurons) -> list[str]:
+    """Figure 6 and averages."""
     roles = list(task.rows[0].by_role)
     header = ["method", "average rank change", *roles, "strongly affected", "suppressed"]
-    yield f"## {task.task}: neurons"
-    yield ""
-    yield (
-        f"{task.num_neurons:,} neurons, ranked by utilization in each projection's own list, against "
-        f"the base model; two unrelated orders would differ by {task.unrelated:,.0f} ranks."
-    )
-    yield ""
-    yield from _table(
+    return table(
         [*header, "indirectly affected", "change of trained vectors"],
         [
             [
@@ -81,70 +91,74 @@ def _lines(task: TaskNeurons) -> Iterator[str]:
             for row in task.rows
         ],
     )
-    yield "Mean |rank change| against the base model, by percentile of rank there:"
-    yield ""
-    buckets = [f"{low:g}-{high:g}" for low, high in pairwise(EDGES)]
-    yield from _table(
-        ["method", *buckets],
-        [[row.name, *(f"{mean:,.0f}" for mean in row.buckets)] for row in task.rows],
-    )
-    if task.pairs:
-        yield "Average rank change between methods:"
-        yield ""
-        names = [row.name for row in task.rows]
-        found = {frozenset((pair.a, pair.b)): pair.average_rank_change for pair in task.pairs}
-        yield from _table(
-            ["", *names],
-            [[a, *(_shown(found.get(frozenset((a, b)))) for b in names)] for a in names],
-        )
-    if task.selections:
-        yield "Overlap of what the warm-ups would choose, and by chance:"
-        yield ""
-        yield from _selection_table(task.selections)
-    for name, rows in task.causal.items():
+
+
+def _buckets(task: TaskNeurons) -> list[str]:
+    """Figure 3."""
+    percentiles = [f"{low:g}-{high:g}" for low, high in pairwise(EDGES)]
+    rows = [[row.name, *(f"{mean:,.0f}" for mean in row.buckets)] for row in task.rows]
+    return [
+        "Mean |rank change| against the base model, by percentile of rank there:",
+        "",
+        *table(["method", *percentiles], rows),
+    ]
+
+
+def _pairs(task: TaskNeurons) -> list[str]:
+    """Figure 5."""
+    if not task.pairs:
+        return []
+    names = [row.name for row in task.rows]
+    found = {frozenset((pair.a, pair.b)): pair.average_rank_change for pair in task.pairs}
+    rows = [[a, *(_shown(found.get(frozenset((a, b)))) for b in names)] for a in names]
+    return ["Average rank change between methods:", "", *table(["", *names], rows)]
+
+
+def _selections(task: TaskNeurons) -> list[str]:
+    """Table 5."""
+    if not task.selections:
+        return []
+    shares = {(row["a"], row["b"], row["percent"]): row for row in task.selections}
+    rows = [
+        [
+            f"{a}, {b}",
+            *(
+                f"{100 * shares[a, b, percent]['share']:.0f}% "
+                f"({100 * shares[a, b, percent]['chance_share']:.0f}%)"
+                for percent in PERCENTS
+            ),
+        ]
+        for a, b in combinations(dict.fromkeys(row["a"] for row in task.selections), 2)
+    ]
+    return [
+        "Overlap of what the warm-ups would choose, and by chance:",
+        "",
+        *table(["warm-ups", *(f"{percent}%" for percent in PERCENTS)], rows),
+    ]
+
+
+def _causal(task: TaskNeurons) -> Iterator[str]:
+    for name, groups in task.causal.items():
         yield f"Loss of {name} with groups of its neurons put back to what they were:"
         yield ""
-        columns = [column for column in rows[0] if column not in ("group", "kind", "num_neurons")]
-        yield from _table(
-            ["group", "neurons", *(column.replace("_", ", ") for column in columns)],
+        losses = [column for column in groups[0] if column not in ("group", "kind", "num_neurons")]
+        yield from table(
+            ["group", "neurons", *(column.replace("_", ", ") for column in losses)],
             [
                 [
-                    row["group"],
-                    f"{row['num_neurons']:,}",
+                    group["group"],
+                    f"{group['num_neurons']:,}",
                     *(
-                        f"{row[column]:+.3f}" if column.endswith("rise") else f"{row[column]:.3f}"
-                        for column in columns
+                        f"{group[column]:+.3f}"
+                        if column.endswith("rise")
+                        else f"{group[column]:.3f}"
+                        for column in losses
                     ),
                 ]
-                for row in rows
+                for group in groups
             ],
         )
 
 
-def _selection_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    shares = {(row["a"], row["b"], row["percent"]): row for row in rows}
-    pairs = list(combinations(dict.fromkeys(row["a"] for row in rows), 2))
-    yield from _table(
-        ["warm-ups", *(f"{percent}%" for percent in PERCENTS)],
-        [
-            [
-                f"{a}, {b}",
-                *(
-                    f"{100 * shares[a, b, percent]['share']:.0f}% "
-                    f"({100 * shares[a, b, percent]['chance_share']:.0f}%)"
-                    for percent in PERCENTS
-                ),
-            ]
-            for a, b in pairs
-        ],
-    )
-
-
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    yield from ("| " + " | ".join(cells) + " |" for cells in lines)
-    yield ""

@@ -78,7 +78,7 @@ class Plan:
         return list(found.values())
 
     def open(self) -> list[tuple[Cell, str]]:
-        """Trainings and evaluations that are still to be done, those included that must wait."""
+        """Cells' own stages that are still to be done, those included that must wait."""
         waiting: list[tuple[Cell, str]] = []
         for row in self.rows():
             if row.state is RowState.TUNING:
@@ -88,10 +88,14 @@ class Plan:
                 for number, seed in enumerate(self._comparison.seeds):
                     cell = Cell(row.task, row.name, seed, stand_in)
                     is_trial = number == 0 and row.entry.rate_of is None
-                    waiting += [(cell, "evaluate")] if is_trial else _whole(cell)
+                    waiting += [(cell, name) for name in self._cells.own_stages(cell)[is_trial:]]
             for cell in row.cells:
                 jobs = self._cells.jobs(cell)
-                waiting += [found for found in _whole(cell) if self._is_open(jobs[found[1]])]
+                waiting += [
+                    (cell, name)
+                    for name in self._cells.own_stages(cell)
+                    if self._is_open(jobs[name])
+                ]
         return waiting
 
     def spent(self) -> list[Job]:
@@ -184,10 +188,6 @@ class Plan:
         return Cell(task, entry.name, self._comparison.seeds[0], rate)
 
 
-def _whole(cell: Cell) -> list[tuple[Cell, str]]:
-    return [(cell, "train"), (cell, "evaluate")]
-
-
 class Forecast:
     """Time left, from what like jobs have taken."""
 
@@ -197,7 +197,7 @@ class Forecast:
         self._seconds: dict[tuple[str, str], list[float]] = {}
         for row in plan.rows():
             for cell in row.cells:
-                for name in ("train", "evaluate"):
+                for name in cells.own_stages(cell):
                     job = cells.jobs(cell)[name]
                     record = cells.finished(job)
                     # Of a job that was resumed, the record has the time of the last part alone.

@@ -16,6 +16,8 @@ import yaml
 
 from neft.analysis.ranks import EDGES
 from neft.comparison.cells import Cells, Job
+from neft.comparison.discovery import collect_discovery
+from neft.comparison.discovery_table import discovery_markdown, draw_discovery
 from neft.comparison.neuron_table import draw_neurons, neurons_markdown
 from neft.comparison.neurons import collect_neurons
 from neft.comparison.plan import Forecast, Plan, Row
@@ -38,6 +40,8 @@ RESULTS = "results.json"
 TABLE = "results.md"
 NEURONS = "neurons.json"
 NEURONS_TABLE = "neurons.md"
+DISCOVERY = "discovery.json"
+DISCOVERY_TABLE = "discovery.md"
 _WORKERS_LOCK = ".workers.lock"
 
 
@@ -171,7 +175,7 @@ def _left(forecast: Forecast, plan: Plan, num_jobs: int) -> str:
         return ""
     seconds = forecast.seconds_left(num_jobs)
     about = "" if seconds is None else f", about {duration(math.ceil(seconds))}"
-    return f"; left: {num_open} trainings and evaluations{about}"
+    return f"; left: {num_open} stages{about}"
 
 
 @contextmanager
@@ -216,6 +220,11 @@ def _publish(cells: Cells, plan: Plan) -> Compared:
         )
         write_text(cells.output / NEURONS_TABLE, neurons_markdown(neurons))
         figures += draw_neurons(cells.comparison, neurons, cells.output)
+    discovery = collect_discovery(cells, results)
+    if discovery:
+        write_json(cells.output / DISCOVERY, {"provenance": provenance, "tasks": plain(discovery)})
+        write_text(cells.output / DISCOVERY_TABLE, discovery_markdown(discovery))
+        figures += draw_discovery(discovery, cells.output)
     return Compared(results, failures, table, figures)
 
 

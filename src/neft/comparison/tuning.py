@@ -39,7 +39,12 @@ def trials(
 
 
 def best(tried: Sequence[Trial]) -> Trial | None:
-    """The trial with the lowest loss, the lower rate of equals; ``None`` before all are done."""
+    """The trial with the lowest loss, the lower rate of equals; ``None`` before all are done.
+
+    A single rate has no rival, and is chosen before it is tried.
+    """
+    if len(tried) == 1 and tried[0].failure is None:
+        return tried[0]
     losses = [trial.dev_loss for trial in tried if trial.dev_loss is not None]
     if len(losses) < len(tried):
         return None

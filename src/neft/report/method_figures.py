@@ -84,3 +84,48 @@ def save_affected(stem: Path, counts: Mapping[str, Sequence[float]]) -> list[Pat
 def save_selections(stem: Path, overlap: Table) -> list[Path]:
     """What different warm-ups would choose (Table 5)."""
     return save_figure(draw_overlap(overlap), stem)
+
+
+def save_discovery(
+    stem: Path,
+    metric: str,
+    scores: Mapping[str, tuple[float, float | None]],
+    *,
+    shares: Mapping[str, float],
+    chance: Mapping[str, float],
+    seconds: Mapping[str, float | None],
+    gigabytes: Mapping[str, float | None],
+) -> list[Path]:
+    """What ways of finding neurons are worth and what they cost, a panel each.
+
+    Args:
+        stem: the files' path without suffix.
+        metric: what ``scores`` are of.
+        scores: way -> mean after training, and its standard deviation over seeds.
+        shares: way -> share of its neurons that the reference trains too.
+        chance: the same for random neurons.
+        seconds: of finding; ``None`` where it takes none.
+        gigabytes: peak memory of finding, in 10^9 bytes.
+    """
+    figure = new_figure(1)
+    figure.clear()
+    figure.set_size_inches(9.6, 1.4 + 0.3 * len(scores))
+    panels = figure.subplots(1, 4, sharey=True)
+    places = np.arange(len(scores))
+    means, spreads = zip(*scores.values(), strict=True)
+    panels[0].barh(places, means, color=COLOURS[0], xerr=[spread or 0.0 for spread in spreads])
+    panels[0].set_xlabel(metric)
+    panels[0].set_yticks(places, list(scores))
+    panels[0].invert_yaxis()
+    panels[1].barh(places, [100 * share for share in shares.values()], color=COLOURS[2])
+    by_chance = [100 * share for share in chance.values()]
+    panels[1].plot(by_chance, places, "|", color="black", markersize=12, label="by chance")
+    panels[1].set_xlabel("% of the reference's neurons")
+    panels[1].legend(fontsize="x-small", loc="lower right")
+    panels[2].barh(places, [value or 0.0 for value in seconds.values()], color=COLOURS[4])
+    panels[2].set_xlabel("seconds to find them")
+    panels[3].barh(places, [value or 0.0 for value in gigabytes.values()], color=COLOURS[1])
+    panels[3].set_xlabel("GB to find them")
+    for axes in panels:
+        axes.grid(axis="x", alpha=0.3)
+    return save_figure(figure, stem)

@@ -96,8 +96,8 @@ def test_operations(sets, tmp_path, operation, combine, count) -> None:
     assert pairs(result) == expected
     assert f"num neurons: {len(expected)}\n" in shown
     assert result.provenance["operation"] == operation
-    files = [operand["file"] for operand in result.provenance["operands"]]
-    assert files == [str(file) for file in sets[:count]]
+    assert list(result.provenance["operands"]) == [str(file) for file in sets[:count]]
+    assert f"operation: {operation}\n" in done("neurons", "show", tmp_path / "out.json")
 
 
 def test_a_result_knows_its_model(tmp_path) -> None:

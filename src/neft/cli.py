@@ -24,6 +24,7 @@ from neft.commands.shared import (
     log,
     print_json,
 )
+from neft.errors import UsageError
 from neft.report.plot_names import DESCRIPTIONS
 
 app = typer.Typer(
@@ -243,7 +244,7 @@ def score(
         scores.save(output)
     else:
         if before is not None:
-            raise typer.BadParameter("--recipe names the model; give it with --set model.path=...")
+            raise UsageError("--recipe names the model; for another, --set model.path=...")
         scores = find(with_method(recipe, settings or (), method, modules), output, say=say)
     show_info({"written": str(output)} | describe_scores(scores))
 

@@ -352,23 +352,28 @@ def _show_field(console: Console, key: str, value: Any, indent: str) -> None:
     elif isinstance(value, list) and value and isinstance(value[0], Mapping):
         console.print(_table(label, value))
     else:
-        shown = f"{value:,}" if isinstance(value, int) and key.startswith("num_") else value
-        console.print(f"{indent}{label}: {shown}", soft_wrap=True)
+        console.print(f"{indent}{label}: {_counted(value, key)}", soft_wrap=True)
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", collapse_padding=True)
     for column in rows[0]:
-        table.add_column(column, justify="right")
+        # A word a line, and what is too long for its column goes on below: nothing is cut off.
+        table.add_column(column.replace("_", "\n"), justify="right", overflow="fold")
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*(_cell(value, column) for column, value in row.items()))
     return table
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, column: str = "") -> str:
     if value is None:
         return "-"
-    return _number(value) if isinstance(value, float) else str(value)
+    return _number(value) if isinstance(value, float) else _counted(value, column)
+
+
+def _counted(value: Any, name: str) -> str:
+    """A value as it is, but a number of things with its digits in groups."""
+    return f"{value:,}" if isinstance(value, int) and name.startswith("num_") else str(value)
 
 
 def _number(value: float) -> str:

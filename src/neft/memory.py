@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 # What the kernel understands as: forget the highest use so far (proc(5)).
@@ -15,6 +13,8 @@ _FORGET_PEAK = "5"
 
 def reset_peak_memory() -> None:
     """Begin a new measurement."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _can_reset():
@@ -23,6 +23,8 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> int | None:
     """Bytes since ``reset_peak_memory``; ``None`` on platforms that cannot tell."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if not _can_reset():

@@ -146,6 +146,16 @@ def test_shares_of_the_change(base, finetuned, tmp_path) -> None:
     assert written["scores"] == written["left_out"] == {}
 
 
+def test_projections_without_a_chosen_neuron_count_too(base, finetuned, tmp_path) -> None:
+    found = extract(base, finetuned, tmp_path / "adapter", count=1)
+    before, after = plain(base), plain(finetuned)
+    captured = squared_change(
+        before, replaced(base, finetuned, load_selection(tmp_path / "adapter"))
+    )
+    scored = squared_change(before, after, "up_proj", "down_proj")
+    assert found.share_of_projections == pytest.approx(captured / scored, rel=1e-9)
+
+
 def test_all_neurons_of_all_projections(base, finetuned, tmp_path) -> None:
     roles = ["up", "gate", "down", "q", "k", "v", "o"]
     num_neurons = 2 * (3 * 64 + 32 + 16 + 16 + 32)

@@ -178,7 +178,7 @@ def rank_buckets(changes: RankChanges, edges: Sequence[float] = EDGES) -> Table:
     ):
         raise NeuronError(f"edges are {list(edges)}; they must ascend from 0 to 100.")
     buckets = {
-        name: np.searchsorted(_last_ranks(edges, changes.list_lengths[name]), rank)
+        name: bucket_of(rank, changes.list_lengths[name], edges)
         for name, rank in changes.before.items()
     }
     rows: list[tuple[str, float, float, int, float | None]] = []
@@ -191,9 +191,16 @@ def rank_buckets(changes: RankChanges, edges: Sequence[float] = EDGES) -> Table:
     return _table(("role", "low", "high", "num_neurons", "mean_rank_change"), rows)
 
 
-def _last_ranks(edges: Sequence[float], length: int) -> list[int]:
-    """The last rank at or above each upper edge, exactly: 3% of 100 is rank 3, whatever the rounding."""
-    return [int(Fraction(str(edge)) * length / 100) for edge in edges[1:]]
+def bucket_of(ranks: Indices, length: int, edges: Sequence[float] = EDGES) -> Indices:
+    """The bucket of each rank in a list of ``length``, 0 for the most used; see ``rank_buckets``."""
+    # Exactly: 3% of 100 is rank 3, whatever the rounding.
+    last_ranks = [int(Fraction(str(edge)) * length / 100) for edge in edges[1:]]
+    return np.searchsorted(last_ranks, ranks)
+
+
+def unrelated_change(length: int) -> float:
+    """Avg(dRank) to expect of two unrelated orders of ``length`` neurons: a third of it."""
+    return (length**2 - 1) / (3 * length)
 
 
 @dataclass(frozen=True)

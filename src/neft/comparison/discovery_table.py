@@ -35,9 +35,9 @@ def _section(found: Discovery) -> list[str]:
     return [
         f"## {found.task}: finding the neurons",
         "",
-        "Seconds and peak memory of warm-up and scoring; by budget in percent of all parameters, how much "
-        f"of what the scores choose {found.reference!r} would choose too; how much of what was trained that "
-        "row trains too, and by chance; then what training was worth, means over seeds.",
+        "Seconds and peak memory of warm-up and scoring. By budget in percent of all parameters: how "
+        f"much of what its scores choose {found.reference!r} would choose too. How much of what was "
+        "trained that row trains too, and by chance. Then what training was worth, means over seeds.",
         "",
         *table(header, rows),
     ]

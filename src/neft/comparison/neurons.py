@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from neft.analysis import files
 from neft.analysis.overlap import overlap_table
-from neft.analysis.ranks import EDGES
+from neft.analysis.ranks import EDGES, bucket_of, unrelated_change
 from neft.analysis.table import Table
 from neft.comparison.cells import Cell, Cells
 from neft.comparison.plan import Plan
@@ -105,7 +105,7 @@ def _task(cells: Cells, task: str, analysed: Mapping[str, Sequence[Cell]]) -> Ta
     return TaskNeurons(
         task=task,
         num_neurons=len(first),
-        unrelated=_unrelated(np.asarray(first["role"])),
+        unrelated=_unrelated(first),
         rows=tuple(_row(name, of_row) for name, of_row in tables.items()),
         pairs=tuple(
             _pair(a, b, tables)
@@ -178,25 +178,30 @@ def _buckets(sides: Iterable[tuple[Table, Table, str, str]]) -> tuple[float, ...
     """Mean ``|dRank|`` between percentiles of the first side's ranks, each in the list of its role."""
     found = []
     for left, right, ours, theirs in sides:
-        before, after = _column(left, ours), _column(right, theirs)
-        roles = np.asarray(left["role"])
-        lengths = {role: np.count_nonzero(roles == role) for role in dict.fromkeys(roles)}
-        percentiles = 100.0 * before / np.array([lengths[role] for role in roles])
-        places = np.searchsorted(EDGES[1:], percentiles, side="left")
-        moved = np.abs(after - before)
+        before = _column(left, ours)
+        buckets = np.empty_like(before)
+        for own in _by_role(left):
+            buckets[own] = bucket_of(before[own], int(np.count_nonzero(own)))
+        moved = np.abs(_column(right, theirs) - before)
         found.append(
             [
-                float(moved[places == place].mean()) if (places == place).any() else np.nan
-                for place in range(len(EDGES) - 1)
+                float(moved[inside].mean()) if (inside := buckets == number).any() else np.nan
+                for number in range(len(EDGES) - 1)
             ]
         )
     return tuple(np.mean(found, axis=0).tolist())
 
 
-def _unrelated(roles: NDArray[Any]) -> float:
-    """Two random orders of n differ by (n^2 - 1) / (3 n) ranks on average."""
-    lengths = np.array([np.count_nonzero(roles == role) for role in dict.fromkeys(roles)])
-    return float(((lengths**2 - 1) / 3).sum() / lengths.sum())
+def _by_role(table: Table) -> list[NDArray[np.bool_]]:
+    """For each role, which rows are of it."""
+    roles = np.asarray(table["role"])
+    return [roles == role for role in dict.fromkeys(roles)]
+
+
+def _unrelated(table: Table) -> float:
+    """Avg(dRank) to expect of two unrelated orders."""
+    lengths = [int(np.count_nonzero(own)) for own in _by_role(table)]
+    return sum(n * unrelated_change(n) for n in lengths) / sum(lengths)
 
 
 def _selections(cells: Cells, analysed: Mapping[str, Sequence[Cell]]) -> Table:

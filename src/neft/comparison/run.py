@@ -107,7 +107,7 @@ def check(comparison: Comparison) -> None:
     for task, entry in chain(comparison.first_cells(), comparison.lent_cells()):
         recipe = comparison.first_recipe(task, entry)
         for what, about in (
-            (check_data, f"{recipe.data} {recipe.warmup} {recipe.evaluate}"),
+            (check_data, f"{recipe.data} {recipe.warmup} {recipe.score} {recipe.evaluate}"),
             (check_method, f"{recipe.train} {recipe.select} {recipe.score} {recipe.warmup}"),
         ):
             if (what, about) in seen:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from neft.files import replaced_atomically, write_json
 from neft.memory import peak_memory, reset_peak_memory
+from neft.pipeline.evaluate import device
 from neft.projections import find_projections
 from neft.recipe import Recipe, WarmupSection
 
@@ -63,7 +64,7 @@ def measure(recipe: Recipe, options: WarmupSection, working: Path) -> None:
 
     encoded = load_encoded(options.data_of(recipe.data), "train", load_tokenizer(recipe.model))
     batches = batches_of(encoded, options, options.seed_of(recipe.seed))
-    model = load_model(recipe.model)
+    model = load_model(recipe.model).to(device())
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

@@ -67,9 +67,7 @@ def combine(operation: str, files: Sequence[Path]) -> NeuronSet:
 
 
 def _provenance(operation: str, files: Sequence[Path], sets: Sequence[NeuronSet]) -> dict[str, Any]:
-    operands = [
-        {"file": str(file)} | chosen.provenance for file, chosen in zip(files, sets, strict=True)
-    ]
+    operands = {str(file): chosen.provenance for file, chosen in zip(files, sets, strict=True)}
     models = [
         chosen.provenance[MODEL_IDENTITY] for chosen in sets if MODEL_IDENTITY in chosen.provenance
     ]

@@ -12,6 +12,7 @@ from neft.evaluation import check_metrics
 from neft.files import write_json, write_text
 from neft.models import load_tokenizer
 from neft.pipeline.identity import model_identity
+from neft.pipeline.probing import check_probe
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.recipe import DataSection, Recipe, load_recipe
 from neft.sft.data import Split, load_examples, load_texts
@@ -42,6 +43,16 @@ def recipe_of(run: Path) -> Recipe:
     if not (file := run / "prepare" / RECIPE).is_file():
         raise UsageError(f"{run}: no folder of a run; it has no prepare/{RECIPE}.")
     return load_recipe(file).model_copy(update={"output": str(run)})
+
+
+def finds_neurons(recipe: Recipe) -> bool:
+    """Whether neurons are chosen by scores."""
+    select = recipe.select
+    return (
+        find_method(recipe.train.method).needs_neurons
+        and select is not None
+        and select.needs_scores
+    )
 
 
 def check_method(recipe: Recipe) -> dict[str, Any]:
@@ -115,6 +126,9 @@ def check_data(recipe: Recipe) -> dict[str, Any]:
     references = [example.target for example in examples]
     check_metrics(recipe.data.task, recipe.data.target_language, references)
     counts["test"] = {"num_examples": len(examples)}
+    if finds_neurons(recipe) and not recipe.score.needs_warmup:
+        texts, _ = check_probe(recipe)
+        counts["probe"] = {"num_texts": len(texts)}
     if recipe.evaluate.general is not None:
         counts["general"] = {"num_texts": len(load_texts(recipe.evaluate.general))}
     return counts

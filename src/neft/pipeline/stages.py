@@ -161,8 +161,9 @@ class _Content:
         """What the scores depend on, beside the warm-up."""
         fields = self.model | self.section("score")
         warmup = self._recipe.warmup
-        if self._recipe.score.method == "probe":
-            return self._learning(self._recipe.data, self._recipe.seed) | fields
+        if not self._recipe.score.needs_warmup:
+            data = self.section("data", without=(*self._SOURCES, "dev_limit", "test_limit"))
+            return fields | data | {"data.train": data_identity(self._recipe.data.train, "data.train")}
         assert warmup is not None
         if warmup.checkpoint is not None:
             fields["warmup.checkpoint"] = checkpoint_identity(warmup.checkpoint)

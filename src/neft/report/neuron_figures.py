@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ _WIDTH = 7.6
 _NUM_BINS = 60
 # A cell of the colour map that is this dark, in 0..1, gets a white number.
 _DARK = 0.55
-# Characters that fit beside one another in a row of the colour map: up to three each of 40 layers.
-_NUM_CHARACTERS_A_ROW = 120
+# Characters that fit beside one another in a row of the colour map: two each of 50 layers.
+_NUM_CHARACTERS_A_ROW = 100
 _NUM_TICKS = 16
 
 
@@ -56,7 +57,11 @@ def draw_change_map(
         roles: names of projections.
     """
     percent = np.ma.masked_invalid(100.0 * change)
-    texts = [[_two_digits(value) for value in row] for row in percent]
+    num_decimals = _num_decimals(percent)
+    texts = [[_short(value, num_decimals) for value in row] for row in percent]
+    if num_decimals:
+        # .13 for 0.13: there is little room.
+        texts = [[text.removeprefix("0") for text in row] for row in texts]
     return _draw_map(percent, texts, layers, roles, label="change in %")
 
 
@@ -73,8 +78,8 @@ def _draw_map(
     # Cells as shapes, not as a picture: sharp at any size.
     mesh = axes.pcolormesh(percent, cmap="cividis", vmin=0, edgecolors="none", linewidth=0)
     widest = max((len(text) for row in texts for text in row), default=0)
-    if len(layers) * max(widest, 3) <= _NUM_CHARACTERS_A_ROW:
-        _write_in_cells(axes, percent, texts, top=float(np.max(percent)) or 1.0)
+    if len(layers) * max(widest, 2) <= _NUM_CHARACTERS_A_ROW:
+        _write_in_cells(axes, percent, texts, top=float(percent.filled(0.0).max()) or 1.0)
     step = _tick_step(len(layers))
     axes.set_xticks(np.arange(0, len(layers), step) + 0.5, [str(n) for n in layers[::step]])
     axes.set_yticks(np.arange(len(roles)) + 0.5, roles)
@@ -96,13 +101,14 @@ def _tick_step(count: int) -> int:
     return -(-count // _NUM_TICKS)
 
 
-def _short(value: Any) -> str:
-    return "" if value is np.ma.masked else f"{value:.0f}"
+def _short(value: Any, num_decimals: int = 0) -> str:
+    return "" if value is np.ma.masked else f"{value:.{num_decimals}f}"
 
 
-def _two_digits(value: Any) -> str:
-    """At least; more of a large number, which ``g`` would write with an exponent."""
-    return _short(value) if value is np.ma.masked or value >= 99.5 else f"{value:.2g}"
+def _num_decimals(values: np.ma.MaskedArray[Any, np.dtype[np.float64]]) -> int:
+    """Enough to tell the largest value by two digits."""
+    top = float(values.filled(0.0).max())
+    return max(0, 1 - math.floor(math.log10(top))) if top > 0 else 0
 
 
 def _write_in_cells(

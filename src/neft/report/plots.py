@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neft.analysis.ranks import unrelated_change
 from neft.analysis.table import Column
 from neft.errors import UsageError
 from neft.neurons import ROLE_ORDER
@@ -235,8 +236,7 @@ def figure5(run: RunData) -> Drawn | None:
     groups = _by_role(table["role"])
     values = [float(changes[own].mean()) for own in groups.values()]
     sizes = [int(np.count_nonzero(own)) for own in groups.values()]
-    # Neurons are ranked within their projection; two random orders of n differ by (n^2 - 1) / 3n.
-    by_chance = [(size**2 - 1) / (3 * size) for size in sizes]
+    by_chance = [unrelated_change(size) for size in sizes]
     labels = list(groups)
     if len(groups) > 1:
         labels = ["all", *labels]

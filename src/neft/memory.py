@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +11,18 @@ _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 # What the kernel understands as: forget the highest use so far (proc(5)).
 _FORGET_PEAK = "5"
+
+
+def release_free_memory() -> None:
+    """Give back what earlier work has freed, so that it does not count in what comes next.
+
+    Trainers hold their models in reference cycles; and glibc keeps what is freed inside its heap
+    until it is told not to.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def reset_peak_memory() -> None:

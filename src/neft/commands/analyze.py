@@ -76,9 +76,7 @@ def overlap(
     ],
     percent: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Budget at which scores are selected; repeatable. Default: 3, 6, 9, 12."
-        ),
+        typer.Option(help="Budget at which scores are selected; repeatable. Default: 3, 6, 9, 12."),
     ] = None,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="A row a layer besides.")] = False,
     output: Annotated[

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from neft.errors import UsageError
+from neft.memory import release_free_memory
 from neft.pipeline.evaluate import Evaluation, read_evaluation
 from neft.pipeline.prepare import recipe_of
 from neft.pipeline.results import RESULTS, Results, read_results, trained_artifact
@@ -183,6 +184,7 @@ def bring_to_finish(
         say(f"{stage.name}: {folder.path} is damaged and made again")
     record = folder.begin(planned, resume=stage.resumable)
     say(f"{stage.name}: {'continues' if record.attempts > 1 else 'starts'}")
+    release_free_memory()
     start = time.perf_counter()
     try:
         stage.run(folder.working, inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ def score(recipe: Recipe, warmup: Path | None, working: Path) -> None:
     """
     reset_peak_memory()
     _scores(recipe, warmup).save(working / SCORES)
-    gc.collect()
     write_json(working / COST, {"peak_memory_bytes": peak_memory()})
 
 

@@ -16,7 +16,6 @@ come from a file, without warmup and score; scores of weights that are there alr
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -342,8 +341,6 @@ def _warm_up(recipe: Recipe, options: WarmupSection, folder: Path) -> None:
         _warm_up_by_training(recipe, options, folder)
     else:
         measure(recipe, options, folder)
-    # Models are held in reference cycles; the next stage needs that memory.
-    gc.collect()
 
 
 def _warm_up_by_training(recipe: Recipe, options: WarmupSection, folder: Path) -> None:
@@ -374,4 +371,3 @@ def _train_on(recipe: Recipe, neurons: NeuronSet | None, folder: Path) -> None:
         seed=recipe.seed,
         folder=folder,
     )
-    gc.collect()

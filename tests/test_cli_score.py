@@ -103,7 +103,10 @@ def test_killed_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["model", "model", "--method", "norm"], "--method norm scores 1 checkpoint; 2 given."),
         (["model", "--method", "gradient"], "--method gradient reads data: name a recipe"),
         (["--recipe", "recipe.yaml", "--method", "cosine"], "say how the second comes about"),
-        (["--recipe", "recipe.yaml", "--method", "probe"], "needs labels, so data.task classification"),
+        (
+            ["--recipe", "recipe.yaml", "--method", "probe"],
+            "needs labels, so data.task classification",
+        ),
         (["model", "--recipe", "recipe.yaml"], "--recipe names the model"),
         (["nowhere", "model"], "nowhere: no such folder"),
     ],

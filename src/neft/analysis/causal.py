@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neft.analysis.table import Table
-from neft.analysis.weights import check_weights, read_weight
 from neft.checkpoints import WeightSource
 from neft.errors import AdapterError, NeuronError
 from neft.neurons import Indices, NeuronScores, NeuronSet, Projection
 from neft.projections import as_module
+from neft.scoring.weights import check_weights, read_weight
 
 if TYPE_CHECKING:
     from torch import Tensor

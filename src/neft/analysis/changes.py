@@ -13,10 +13,10 @@ from rich.progress import track
 from torch import Tensor
 
 from neft.analysis.neuron_columns import canonical
-from neft.analysis.weights import check_weights, not_finite, read_weight
 from neft.checkpoints import WeightSource
 from neft.neurons import Projection
 from neft.scoring.distance import cosine_distances, scoring_threads
+from neft.scoring.weights import check_weights, not_finite, read_weight
 
 # Neurons whose lengths one thread takes at once. Column neurons are read in runs of that many elements.
 _SLAB = 64

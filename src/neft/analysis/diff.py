@@ -11,11 +11,11 @@ from rich.progress import track
 
 from neft.analysis.table import Table
 from neft.analysis.weight_pairs import SquaredSums, WeightPair, pair_weights, squared_sums
-from neft.analysis.weights import check_weights
 from neft.checkpoints import WeightSource
 from neft.neurons import ROLE_ORDER, Projection
 from neft.projections import find_projections
 from neft.scoring.distance import cosine_distances, scoring_threads
+from neft.scoring.weights import check_weights
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from neft.analysis.decoding import Decoder
 from neft.analysis.table import Table
-from neft.analysis.weights import check_weights, read_weight
 from neft.checkpoints import WeightSource
 from neft.errors import ArchitectureError, CheckpointError, NeuronError
 from neft.neurons import NeuronSet, Projection
 from neft.projections import as_module, find_projections
+from neft.scoring.weights import check_weights, read_weight
 
 if TYPE_CHECKING:
     from torch import nn

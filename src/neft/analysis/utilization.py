@@ -19,11 +19,11 @@ from neft import __version__
 from neft.analysis.hidden_states import HiddenStates
 from neft.analysis.neuron_columns import by_module, canonical, concatenated, neuron_columns
 from neft.analysis.table import Table
-from neft.analysis.weights import check_weights, not_finite, read_weight
 from neft.checkpoints import WeightSource
 from neft.errors import DataError, NeuronError
 from neft.neurons import Indices, Projection
 from neft.scoring.distance import scoring_threads
+from neft.scoring.weights import check_weights, not_finite, read_weight
 from neft.streaming import layers_of
 
 UTILIZATION_FORMAT = "neft-utilization"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from neft.analysis.weights import check_dtype
 from neft.checkpoints import WeightSource
 from neft.errors import CheckpointError
+from neft.scoring.weights import check_dtype
 
 if TYPE_CHECKING:
     from torch import nn

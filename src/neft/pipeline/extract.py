@@ -19,7 +19,6 @@ from neft.analysis.weight_pairs import (
     pair_weights,
     squared_sums,
 )
-from neft.analysis.weights import check_weights
 from neft.checkpoints import WeightSource, open_weights
 from neft.errors import CheckpointError, NeuronError, UsageError
 from neft.evaluation import Score
@@ -33,6 +32,7 @@ from neft.pipeline.store import new_folder
 from neft.recipe import ModelSection, Recipe
 from neft.scoring import score_neurons
 from neft.scoring.distance import scoring_threads
+from neft.scoring.weights import check_weights
 from neft.sft.data import load_examples
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from neft.checkpoints import open_weights
 from neft.errors import NeuronError
 from neft.neurons import NeuronScores, NeuronSet
 from neft.pipeline.adapter import read_config
+from neft.pipeline.identity import MODEL_IDENTITY
 from neft.recipe import LoraSection, Recipe, SelectSection
 from neft.sft.counting import matching_rank
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 SCORES = "scores.safetensors"
 NEURONS = "neurons.json"
-
-_MODEL = "model_identity"
 
 
 def unscored(network: nn.Module, recipe: Recipe) -> NeuronScores:
@@ -82,13 +81,13 @@ def choose(scores: NeuronScores, options: SelectSection, model: str | None = Non
     if not len(chosen):
         raise NeuronError("select: the intersection holds no neuron; nothing would be trained.")
     if model is not None:
-        chosen.provenance[_MODEL] = model
+        chosen.provenance[MODEL_IDENTITY] = model
     return chosen
 
 
 def _load(file: str, scores: NeuronScores, model: str | None) -> NeuronSet:
     chosen = NeuronSet.load(Path(file).expanduser())
-    theirs = chosen.provenance.get(_MODEL)
+    theirs = chosen.provenance.get(MODEL_IDENTITY)
     if None not in (theirs, model) and theirs != model:
         raise NeuronError(
             f"{file}: was chosen in another base model ({theirs}) than this one ({model}). Neurons of "

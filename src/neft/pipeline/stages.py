@@ -162,7 +162,9 @@ class _Content:
         warmup = self._recipe.warmup
         if not self._recipe.score.needs_warmup:
             data = self.section("data", without=(*self._SOURCES, "dev_limit", "test_limit"))
-            return fields | data | {"data.train": data_identity(self._recipe.data.train, "data.train")}
+            return (
+                fields | data | {"data.train": data_identity(self._recipe.data.train, "data.train")}
+            )
         assert warmup is not None
         if warmup.checkpoint is not None:
             fields["warmup.checkpoint"] = checkpoint_identity(warmup.checkpoint)

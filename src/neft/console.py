@@ -26,8 +26,8 @@ from neft.pipeline.status import StageStatus
 if TYPE_CHECKING:
     from neft.analysis.table import Table as DiffTable
     from neft.comparison.outline import Outline
+    from neft.comparison.publish import Compared
     from neft.comparison.results import RowResult
-    from neft.comparison.run import Compared
     from neft.comparison.status import RowStatus
     from neft.pipeline.extract import Extraction
 

@@ -16,8 +16,9 @@ import pytest
 
 from neft.comparison.cells import Cells
 from neft.comparison.plan import Plan
+from neft.comparison.publish import Compared
 from neft.comparison.results import RowResult
-from neft.comparison.run import Compared, compare
+from neft.comparison.run import compare
 from neft.comparison.schema import load_comparison
 from neft.comparison.work import Workers
 from neft.errors import RecipeError

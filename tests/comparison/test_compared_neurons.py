@@ -12,7 +12,8 @@ import pytest
 from neft.analysis.table import Table
 from neft.comparison.cells import Cells
 from neft.comparison.plan import Plan
-from neft.comparison.run import Compared, compare
+from neft.comparison.publish import Compared
+from neft.comparison.run import compare
 from neft.comparison.schema import load_comparison
 from neft.errors import RecipeError
 

@@ -5,55 +5,27 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import yaml
 
-from neft.analysis.ranks import EDGES
 from neft.comparison.cells import Cells, Job
-from neft.comparison.discovery import collect_discovery
-from neft.comparison.discovery_table import discovery_markdown, draw_discovery
-from neft.comparison.neuron_table import draw_neurons, neurons_markdown
-from neft.comparison.neurons import collect_neurons
-from neft.comparison.plan import Forecast, Plan, Row
-from neft.comparison.results import TaskResult, collect, plain
+from neft.comparison.plan import Forecast, Plan
+from neft.comparison.publish import Compared, publish
 from neft.comparison.schema import Comparison
-from neft.comparison.table import draw_figures, markdown
 from neft.comparison.work import Workers, no_workers
 from neft.errors import RecipeError, UsageError
 from neft.evaluation import METRICS_OF_TASK
-from neft.files import write_json, write_text
-from neft.pipeline.identity import model_identity
+from neft.files import write_text
 from neft.pipeline.prepare import check_data, check_method
-from neft.pipeline.provenance import machine, package_versions, source_commit
 from neft.pipeline.run import LOCK, Say, duration
 from neft.pipeline.store import locked
 from neft.recipe import Recipe
 
 RECIPE = "comparison.yaml"
-RESULTS = "results.json"
-TABLE = "results.md"
-NEURONS = "neurons.json"
-NEURONS_TABLE = "neurons.md"
-DISCOVERY = "discovery.json"
-DISCOVERY_TABLE = "discovery.md"
 _WORKERS_LOCK = ".workers.lock"
-
-
-@dataclass(frozen=True)
-class Compared:
-    """How a comparison ended."""
-
-    results: Sequence[TaskResult]
-    failures: Sequence[str]
-    """One line a row that could not be finished."""
-    table: Path
-    figures: Sequence[Path]
 
 
 def compare(
@@ -86,7 +58,7 @@ def compare(
             check(comparison)
         write_text(cells.output / RECIPE, _as_yaml(comparison))
         _work_off(cells, plan, num_jobs, say)
-        return _publish(cells, plan)
+        return publish(cells, plan)
 
 
 def _is_open(plan: Plan) -> bool:
@@ -189,47 +161,6 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _publish(cells: Cells, plan: Plan) -> Compared:
-    results = collect(cells, plan)
-    provenance: dict[str, Any] = {
-        "model": model_identity(cells.comparison.model),
-        "machine": machine(),
-        "packages": package_versions(),
-        "commit": source_commit(),
-    }
-    failures = [_failure_line(row) for row in plan.rows() if row.failure is not None]
-    write_json(
-        cells.output / RESULTS,
-        {
-            "comparison": cells.comparison.model_dump(mode="json"),
-            "provenance": provenance,
-            "tasks": plain(results),
-            "failures": failures,
-        },
-    )
-    table = cells.output / TABLE
-    write_text(table, markdown(cells.comparison, results, failures, provenance))
-    figures = draw_figures(cells.comparison, results, cells.output)
-    neurons = collect_neurons(cells, plan)
-    if neurons:
-        write_json(
-            cells.output / NEURONS,
-            {"provenance": provenance, "tasks": plain(neurons), "percentiles": EDGES},
-        )
-        write_text(cells.output / NEURONS_TABLE, neurons_markdown(neurons))
-        figures += draw_neurons(cells.comparison, neurons, cells.output)
-    discovery = collect_discovery(cells, results)
-    if discovery:
-        write_json(cells.output / DISCOVERY, {"provenance": provenance, "tasks": plain(discovery)})
-        write_text(cells.output / DISCOVERY_TABLE, discovery_markdown(discovery))
-        figures += draw_discovery(discovery, cells.output)
-    return Compared(results, failures, table, figures)
-
-
-def _failure_line(row: Row) -> str:
-    return f"{row.task}, {row.name}: {row.failure}"
 
 
 def _as_yaml(comparison: Comparison) -> str:

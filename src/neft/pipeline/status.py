@@ -6,12 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from neft.errors import UsageError
-from neft.pipeline.prepare import RECIPE
+from neft.pipeline.prepare import recipe_of
 from neft.pipeline.run import LOCK
 from neft.pipeline.stages import stage_names
 from neft.pipeline.store import StageFolder, State, is_locked
-from neft.recipe import load_recipe
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,10 @@ def read_status(run: Path) -> list[StageStatus]:
         UsageError: no run has worked in this folder.
     """
     prepare = StageFolder(run / "prepare")
-    if (prepare.path / RECIPE).is_file():
-        names = stage_names(load_recipe(prepare.path / RECIPE))
-    elif prepare.working.exists():
+    if prepare.working.exists() and not prepare.path.exists():
         names = ["prepare"]
     else:
-        raise UsageError(f"{run}: no folder of a run; it has no prepare/{RECIPE}.")
+        names = stage_names(recipe_of(run))
     running = is_locked(run / LOCK)
     statuses: list[StageStatus] = []
     fingerprints: dict[str, str] = {}

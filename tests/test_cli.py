@@ -240,7 +240,7 @@ def test_info_of_scores(scores) -> None:
     info = json.loads(result.stdout)
     assert info["kind"] == "scores"
     assert info["num_neurons"] == 18
-    median = next(row for row in info["quantiles of 1 - cosine"] if row["quantile"] == "50%")
+    median = next(row for row in info["quantiles of 1 - cos"] if row["quantile"] == "50%")
     assert median == {
         "quantile": "50%",
         "up": pytest.approx(np.median([*np.arange(6) / 100, *np.arange(6) / 100 + 2])),

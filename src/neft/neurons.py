@@ -40,6 +40,15 @@ FORMAT_VERSION = 1
 # Ties between equal scores break by (layer, projection, index); this is the order of projections.
 ROLE_ORDER = ("up", "gate", "gate_up", "down", "q", "k", "v", "qkv", "o")
 
+# By the scoring method of the provenance, what its distances are.
+_QUANTITIES = {
+    "cosine": "1 - cos",
+    "gradient": "foretold 1 - cos",
+    "activation": "mean |activation|",
+    "norm": "1 / (2 |w|²)",
+    "probe": "|cos| with a probe",
+}
+
 # Neurons that a unit of a feed-forward network has in the projections of a layer.
 _NEURONS_PER_UNIT = {"up": 1, "gate": 1, "gate_up": 2, "down": 1}
 
@@ -455,15 +464,16 @@ def _read_json_object(path: PathLike) -> dict[str, Any]:
 
 
 class NeuronScores:
-    """How far every neuron of the scored projections moved.
+    """How far every neuron of the scored projections moved, or what stands for that.
 
     The score of the paper is the cosine similarity S(i, n) of a neuron before and after (Algorithm 1).
     Scores crowd 1, so what is held is the *distance* ``1 - cos`` in float64, computed without
-    cancellation: a **low score is a large distance**.
+    cancellation: a **low score is a large distance**. Other methods of scoring rank by other quantities
+    (see ``quantity``), likewise the larger the sooner.
 
     Args:
         projections: what was scored.
-        distances: module name -> float64 ``[num_neurons]``, finite, in 0..2.
+        distances: module name -> float64 ``[num_neurons]``, finite; of cosines in 0..2.
         total_parameters: parameters of the whole model; percents refer to it.
         provenance: models, method, versions: plain JSON values.
     """
@@ -509,6 +519,11 @@ class NeuronScores:
     def cosine(self, name: str) -> npt.NDArray[np.float64]:
         """S(i, n) of module ``name``, float64 ``[num_neurons]``; see ``distances`` for full precision."""
         return 1.0 - self.distances[name]
+
+    @property
+    def quantity(self) -> str:
+        """What the distances are."""
+        return _QUANTITIES.get(self.provenance.get("method", ""), "distance")
 
     @property
     def max_percent(self) -> float:

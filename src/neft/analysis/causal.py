@@ -47,10 +47,10 @@ def groups(
 ) -> list[Group]:
     """Groups of trained neurons that tell where what was learned lies.
 
-    All of them; the ``share`` of lowest and that of highest cosine; as many drawn at random; each band of
-    layers. The three groups that are compared have one size, so what differs is the choice. They are
-    quarters rather than halves: half of the neurons holds most of what was learned whichever half it is,
-    and two halves differ least where they meet, in the middle.
+    All of them; the ``share`` of lowest and that of highest cosine, or of what was scored instead; as
+    many drawn at random; each band of layers. The three groups that are compared have one size, so what
+    differs is the choice. They are quarters rather than halves: half of the neurons holds most of what
+    was learned whichever half it is, and two halves differ least where they meet, in the middle.
 
     Args:
         neurons: the trained ones; of a full fine-tune those to look at, such as all of its projections.
@@ -73,11 +73,14 @@ def groups(
     made = [Group("all trained neurons", "all", neurons)]
     if scores is not None:
         # A low cosine is a large distance; a stable sort keeps the canonical order among equals.
-        by_cosine = np.argsort(-_distances(neurons, scores), kind="stable")
-        lowest, highest = by_cosine[:size], by_cosine[::-1][:size]
+        ranking = np.argsort(-_distances(neurons, scores), kind="stable")
+        method = scores.provenance.get("method", "cosine")
+        first, last = ("lowest", "highest") if method == "cosine" else ("first", "last")
         made += [
-            Group(f"lowest {share:.0%} by cosine", "lowest", _some(neurons, lowest)),
-            Group(f"highest {share:.0%} by cosine", "highest", _some(neurons, highest)),
+            Group(f"{first} {share:.0%} by {method}", "lowest", _some(neurons, ranking[:size])),
+            Group(
+                f"{last} {share:.0%} by {method}", "highest", _some(neurons, ranking[::-1][:size])
+            ),
         ]
     # RandomState's stream is frozen by numpy's compatibility policy (NEP 19).
     drawn = np.random.RandomState(seed).permutation(len(neurons))[:size]

@@ -76,7 +76,7 @@ def _first(indices: list[int]) -> str:
 
 
 def describe_scores(scores: NeuronScores) -> dict[str, Any]:
-    """Quantiles of ``1 - cosine``, by role and over all neurons."""
+    """Quantiles of the distances, by role and over all neurons."""
     parts: dict[str, list[np.ndarray]] = {}
     for name, projection in scores.projections.items():
         parts.setdefault(projection.role, []).append(scores.distances[name])
@@ -88,7 +88,7 @@ def describe_scores(scores: NeuronScores) -> dict[str, Any]:
         "num_parameters": scores.total_parameters,
         "largest_percent": round(scores.max_percent, 4),
         "provenance": scores.provenance,
-        "quantiles of 1 - cosine": [
+        f"quantiles of {scores.quantity}": [
             {"quantile": f"{percent}%"}
             | {role: float(np.percentile(column, percent)) for role, column in columns.items()}
             for percent in _QUANTILES

@@ -131,13 +131,15 @@ def draw_distances(
     distances: NDArray[np.float64],
     trained: NDArray[np.bool_],
     threshold: float | None = None,
+    quantity: str = "1 - cos",
 ) -> Figure:
-    """Histogram of ``1 - cos`` of all scored neurons (log axis), and the selection in it.
+    """Histogram of the scores of all neurons (log axis), and the selection in it.
 
     Args:
         distances: of every neuron; those that are 0 have no place on the axis and are left out.
         trained: which ones were chosen.
         threshold: the distance at which the choice ends, if one distance separates it from the rest.
+        quantity: what the distances are.
     """
     figure = _figure(_WIDTH, 3.1)
     axes = figure.add_subplot()
@@ -157,7 +159,7 @@ def draw_distances(
         label = f"selection ends at {threshold:.3g}"
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=label)
     axes.set_xscale("log")
-    axes.set_xlabel("1 - cos between the base model and the warm-up")
+    axes.set_xlabel(quantity)
     axes.set_ylabel("neurons")
     _tidy(axes)
     _legend_above(axes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 DESCRIPTIONS: Mapping[str, str] = {
     "training": "training curves of the warm-up and of the training",
     "neurons": "where the trained neurons are: layers and projections",
-    "scores": "histogram of 1 - cos, with the selection in it",
+    "scores": "histogram of the scores, with the selection in it",
     "figure3": "rank change by percentile of rank (Figure 3)",
     "figure5": "average rank change (Figure 5)",
     "figure6": "strongly affected, suppressed, indirectly affected neurons (Figure 6)",

@@ -186,14 +186,15 @@ def scores(run: RunData) -> Drawn | None:
     trained = np.asarray(known["trained"], dtype=bool)
     threshold = _threshold(distances, trained)
     low, middle, high = np.quantile(distances, [0.05, 0.5, 0.95])
+    quantity = "1 - cos" if run.scores is None else run.scores.quantity
     words = (
-        f"Histogram of 1 - cos of {len(distances):,} neurons: median {middle:.2g}, nine in ten between "
-        f"{low:.2g} and {high:.2g}. {np.count_nonzero(trained):,} were trained"
+        f"Histogram of {quantity} of {len(distances):,} neurons: median {middle:.2g}, nine in ten "
+        f"between {low:.2g} and {high:.2g}. {np.count_nonzero(trained):,} were trained"
     )
     words += f"; the selection ends at {threshold:.3g}." if threshold is not None else "."
     if num_zero := np.count_nonzero(distances <= 0):
-        words += f" {num_zero:,} neurons did not turn at all and are not shown."
-    return Drawn(figures.draw_distances(distances, trained, threshold), words)
+        words += f" {num_zero:,} neurons have 0 and are not shown."
+    return Drawn(figures.draw_distances(distances, trained, threshold, quantity), words)
 
 
 def _threshold(distances: NDArray[np.float64], trained: NDArray[np.bool_]) -> float | None:

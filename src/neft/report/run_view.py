@@ -303,15 +303,24 @@ def _where(run: RunData) -> Iterator[Block]:
         )
 
 
+_SCORES = {
+    "cosine": "The score of a neuron is the cosine of its vector before and after a short fine-tune "
+    "(the warm-up); 1 - cos is how far it turned.",
+    "gradient": "The score of a neuron is how far the signs of its gradients foretell that a fine-tune "
+    "would turn it: 1 - cos, if its learning rates summed to 1.",
+    "activation": "The score of a neuron is its mean absolute activation on the training data.",
+    "norm": "The score of a neuron is how far a move of length 1 would turn it: short ones come first.",
+    "probe": "The score of a neuron is the largest |cosine| of its vector with what tells the labels "
+    "apart in the hidden states of any layer (paper, section 3).",
+}
+
+
 def _scores(run: RunData) -> Iterator[Block]:
     if run.training is not None and run.scores is None and "score" not in run.stale:
         yield Paragraph("This run has no scores: its method, or its choice of neurons, needs none.")
         return
-    explanation = (
-        "The score of a neuron is the cosine of its vector before and after a short full fine-tune (the "
-        "warm-up); 1 - cos is how far it turned."
-    )
-    yield _figure(run, "scores", explanation, "Neurons have not been scored yet.")
+    method = "cosine" if run.scores is None else run.scores.provenance.get("method", "cosine")
+    yield _figure(run, "scores", _SCORES.get(method, ""), "Neurons have not been scored yet.")
 
 
 def _utilization(run: RunData) -> Iterator[Block]:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -253,6 +254,16 @@ class NeuronSet:
     def modules(self) -> list[str]:
         """Names of the modules that have a chosen neuron, by layer."""
         return list(self._indices)
+
+    @cached_property
+    def by_module(self) -> Mapping[str, Sequence[Projection]]:
+        """The projections that have a chosen neuron, by the module that has their parameter; of experts
+        one module has several."""
+        table: dict[str, list[Projection]] = {}
+        for name in self._indices:
+            projection = self.projections[name]
+            table.setdefault(projection.module, []).append(projection)
+        return table
 
     def items(self) -> Iterator[tuple[str, Indices]]:
         """(module name, sorted indices) of every module that has a chosen neuron, by layer."""

@@ -165,7 +165,9 @@ class Projection:
                 f"{projection.vector_length}"
             )
         if expert is not None and not projection.name.endswith(f".{expert}"):
-            raise ValueError(f"{projection.name} is said to be of expert {expert}, which its name lacks")
+            raise ValueError(
+                f"{projection.name} is said to be of expert {expert}, which its name lacks"
+            )
         return projection
 
 
@@ -257,8 +259,7 @@ class NeuronSet:
 
     @cached_property
     def by_module(self) -> Mapping[str, Sequence[Projection]]:
-        """The projections that have a chosen neuron, by the module that has their parameter; of experts
-        one module has several."""
+        """The projections that have a chosen neuron, by the module that has their parameter."""
         table: dict[str, list[Projection]] = {}
         for name in self._indices:
             projection = self.projections[name]
@@ -724,8 +725,8 @@ def _unit_numbers(projections: Iterable[Projection]) -> Indices:
         if rest or num_units != len(units[network]) or (*network, role) in seen:
             raise NeuronError(
                 f"{projection.name}: its {projection.num_neurons} neurons do not pair with the "
-                f"{len(units[network])} units of the layer's other projections, so the rule 'units' cannot "
-                "choose among them. Take another rule."
+                f"{len(units[network])} units of the layer's other projections, so the rule 'units' "
+                "cannot choose among them. Take another rule."
             )
         seen.add((*network, role))
         # A fused projection has the rows of all units' gates, then those of all ups, or each unit's two

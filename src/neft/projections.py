@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,8 +132,8 @@ def find_projections(
             module names, or shell-style patterns of module names (``*`` goes across dots), each of
             which must find a linear layer. The output head is taken only by its exact name. Where the
             experts of a mixture are stacked in one parameter, each counts as a linear layer, by the
-            parameter's name and its number: ``*.experts.down_proj.5``. Default: up and down, as in the
-            paper; where up is fused with gate, both of them.
+            parameter's name and its number (``*.experts.down_proj.5``); the parameter's name alone means
+            all. Default: up and down, as in the paper; where up is fused with gate, both of them.
         axes: the same kinds of names -> axis; the first that matches counts, before the architecture's
             own. A layer that neither knows has its neurons in rows.
 
@@ -159,6 +159,24 @@ def find_projections(
             given_axes.setdefault(name, _as_axis(pattern, axis))
     projections = (network.projection(name, given_axes.get(name)) for name in chosen)
     return sorted(projections, key=lambda projection: projection.order)
+
+
+def check_can_be_watched(projections: Iterable[Projection], remedy: str) -> None:
+    """Check that each is a module of its own, whose inputs and outputs a hook sees.
+
+    Args:
+        projections: to be watched while a model reads texts.
+        remedy: a sentence for the error.
+
+    Raises:
+        ArchitectureError: the matrix of an expert.
+    """
+    for projection in projections:
+        if projection.expert is not None:
+            raise ArchitectureError(
+                f"{projection.name}: activations of experts cannot be watched, because the model "
+                f"computes those of a layer in one call. {remedy}"
+            )
 
 
 def _as_axis(pattern: str, axis: str) -> Axis:
@@ -223,8 +241,10 @@ class _Linear:
 
 
 def is_stack_of_experts(module: nn.Module) -> bool:
-    """Whether a module is what transformers makes of all experts of a layer: parameters of three
-    dimensions, and marks that tell how each expert's matrices lie in them."""
+    """Whether a module holds all experts of a layer as transformers stacks them.
+
+    It has parameters of three dimensions, and marks that tell how each expert's matrices lie in them.
+    """
     return (
         all(isinstance(getattr(module, mark, None), bool) for mark in _MARKS_OF_EXPERTS)
         and next(_stacked(module), None) is not None
@@ -328,7 +348,7 @@ class _Network:
     def _place(self, name: str) -> tuple[int, str] | None:
         """(layer, role) of a linear layer that the architecture table knows."""
         if self.architecture is not None:
-            path = name.rpartition(".")[0] if name in self.experts else name
+            path = _stack_of(name) if name in self.experts else name
             if found := re.fullmatch(
                 rf"(?:.*\.)?{re.escape(self.architecture.layers)}\.(\d+)\.(.+)", path
             ):
@@ -356,8 +376,8 @@ class _Network:
     def projection(self, name: str, axis: Axis | None) -> Projection:
         """Describe linear layer ``name``; ``axis`` goes before the table's."""
         linear = self.linear[name]
-        matrix = name if linear.expert is None else name.rpartition(".")[0]
-        layer, role = self.known.get(name) or (_first_number(name), matrix.rpartition(".")[2])
+        path = name if linear.expert is None else _stack_of(name)
+        layer, role = self.known.get(name) or (_first_number(name), path.rpartition(".")[2])
         if axis is None:
             writes = name in self.known and role in _WRITING_ROLES
             axis = Axis.COLUMN if writes else Axis.ROW
@@ -383,8 +403,12 @@ class _Network:
             if not found:
                 raise ArchitectureError(self._no_role(wanted))
             return found
-        names = [*self.modules, *self.experts]
-        matching = [name for name in names if fnmatch.fnmatchcase(name, wanted)]
+        matching = [name for name in self.modules if fnmatch.fnmatchcase(name, wanted)]
+        matching += [
+            name
+            for name in self.experts
+            if fnmatch.fnmatchcase(name, wanted) or fnmatch.fnmatchcase(_stack_of(name), wanted)
+        ]
         found = [name for name in matching if name in self.linear and name not in self.heads]
         if not found:
             raise ArchitectureError(self._no_linear_layer(wanted, matching))
@@ -464,6 +488,11 @@ def _output_head(model: Any) -> nn.Module | None:
     """The layer that makes logits, where the model is one of transformers' and has one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return None if head is None else _unwrapped(head)
+
+
+def _stack_of(expert: str) -> str:
+    """The name of the parameter that the matrix of an expert is in."""
+    return expert.rpartition(".")[0]
 
 
 def _first_number(name: str) -> int | None:

@@ -24,13 +24,11 @@ _PARTS = {
     "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",)),
 }
-# A module of the model -> what files call it.
-_RENAMED = {"mlp.experts": "block_sparse_moe.experts"}
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weight of one projection in a source, not read yet."""
+    """The weight of one projection in a source, or any one tensor, not read yet."""
 
     source: WeightSource
     tensors: tuple[str, ...]
@@ -51,6 +49,8 @@ class Matrix:
         shapes = [self.source.tensors[name].shape for name in self.tensors]
         if self.expert is not None:
             return shapes[0][1:]
+        if len(shapes) == 1:
+            return shapes[0]
         return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
     @property
@@ -79,32 +79,25 @@ def find_matrix(source: WeightSource, projection: Projection) -> Matrix | None:
     if projection.expert is None:
         found = source.find(projection.parameter)
         return None if found is None else Matrix(source, (found,), None)
-    layouts = [((projection.parameter,), projection.expert)]
+    layouts: list[tuple[tuple[str, ...], int | None]] = [
+        ((projection.parameter,), projection.expert)
+    ]
     if not projection.transposed:  # the layers of these files are not
         layouts += [(names, None) for names in _names_on_disk(projection)]
     # By their exact names first: the search for others looks at every tensor.
-    for tensors, expert in layouts:
-        if all(name in source.tensors for name in tensors):
-            return _checked(Matrix(source, tensors, expert))
-    for tensors, expert in layouts:
-        found_names = [name for wanted in tensors if (name := source.find(wanted)) is not None]
-        if len(found_names) == len(tensors):
-            return _checked(Matrix(source, tuple(found_names), expert))
+    for find in (source.find_exact, source.find):
+        for wanted, expert in layouts:
+            names = tuple(name for each in wanted if (name := find(each)) is not None)
+            if len(names) == len(wanted):
+                return _checked(Matrix(source, names, expert))
     return None
 
 
 def _names_on_disk(projection: Projection) -> Iterator[tuple[str, ...]]:
     """What files may call the layers that make up an expert's matrix."""
     module, _, attribute = projection.parameter.rpartition(".")
-    modules = [module]
-    modules += [
-        module.removesuffix(ours) + theirs
-        for ours, theirs in _RENAMED.items()
-        if module.endswith(ours)
-    ]
-    for name in modules:
-        for parts in _PARTS.get(attribute, ()):
-            yield tuple(f"{name}.{projection.expert}.{part}.weight" for part in parts)
+    for parts in _PARTS[attribute]:
+        yield tuple(f"{module}.{projection.expert}.{part}.weight" for part in parts)
 
 
 def _checked(matrix: Matrix) -> Matrix:

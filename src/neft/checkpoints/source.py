@@ -101,8 +101,8 @@ class WeightSource(ABC):
         Raises:
             CheckpointError: more than one could be meant.
         """
-        if parameter in self.tensors:
-            return parameter
+        if found := self.find_exact(parameter):
+            return found
         fitting = [
             name
             for name in self.tensors
@@ -114,6 +114,12 @@ class WeightSource(ABC):
                 f"{', '.join(sorted(fitting))}."
             )
         return fitting[0] if fitting else None
+
+    def find_exact(self, parameter: str) -> str | None:
+        """The same, if it has the prefix that it has in the model."""
+        # Mixtral's files keep the name that its blocks had before.
+        names = (parameter, parameter.replace(".mlp.", ".block_sparse_moe."))
+        return next((name for name in names if name in self.tensors), None)
 
     @property
     def num_parameters(self) -> int:

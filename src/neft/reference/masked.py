@@ -59,6 +59,7 @@ def _check_fits(neurons: NeuronSet, parameters: dict[str, nn.Parameter]) -> None
         if found is None or not projection.fits(found.shape):
             there = "none" if found is None else f"one of {tuple(found.shape)}"
             raise NeuronError(
-                f"{name}: the neurons were chosen in a weight of shape {projection.weight_shape}, but this model has "
-                f"{there} there. The set was made for another model, or the weight is tied to another."
+                f"{name}: the neurons were chosen in a weight of shape {projection.weight_shape}, but "
+                f"this model has {there} there. The set was made for another model, or the weight is "
+                "tied to another."
             )

@@ -139,8 +139,8 @@ class _Pair:
                     row, column = bad[0].tolist()
                     return CheckpointError(
                         f"{matrix.source.label}: {matrix.name}[{start * _SEARCHED_ROWS + row}, {column}] "
-                        f"is {rows[row, column].item()}. The training run that wrote it broke down; score "
-                        "an earlier checkpoint."
+                        f"is {rows[row, column].item()}. The training run that wrote it broke down; "
+                        "score an earlier checkpoint."
                     )
         raise AssertionError(f"{self.projection.name}: NaN distances from finite weights")
 

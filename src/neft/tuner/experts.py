@@ -9,11 +9,10 @@ that gradients are computed for the vectors alone, and never for the whole stack
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -49,7 +48,7 @@ class _Matrix(nn.Module):
         return getattr(experts, f"{self._stack}_bias")[self._expert] if experts.has_bias else None
 
 
-class ExpertLinear(_Matrix, nn.Linear):
+class ExpertLinear(_Matrix, nn.Linear):  # type: ignore[misc, override]
     """One expert's matrix ``[O, I]``."""
 
     def __init__(self, experts: nn.Module, stack: str, expert: int) -> None:
@@ -60,7 +59,7 @@ class ExpertLinear(_Matrix, nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-class ExpertConv1D(_Matrix, Conv1D):  # type: ignore[misc]
+class ExpertConv1D(_Matrix, Conv1D):
     """One expert's matrix, stored as ``[I, O]``."""
 
     def __init__(self, experts: nn.Module, stack: str, expert: int) -> None:
@@ -118,10 +117,14 @@ class NeftExperts(nn.Module):
         # Before the stack is loaded: later, the old values would overwrite the new ones.
         self.register_load_state_dict_pre_hook(_restore)
 
+    def get_base_layer(self) -> nn.Module:
+        """The frozen experts, whatever wraps them."""
+        inner = getattr(self.base_layer, "get_base_layer", None)
+        return inner() if callable(inner) else self.base_layer
+
     @property
     def _base(self) -> Any:
-        """The frozen experts, whatever wraps them."""
-        return BaseTunerLayer.get_base_layer(self)
+        return self.get_base_layer()
 
     def layers(self) -> Iterator[NeftExpertMatrix]:
         """The matrices that have chosen neurons."""
@@ -154,7 +157,7 @@ class NeftExperts(nn.Module):
             layer.set_adapter(adapter_names)
 
     # A graph would have to follow which expert each token goes to.
-    @torch.compiler.disable(reason="NeFT runs the experts of a mixture one by one")
+    @torch.compiler.disable(reason="NeFT runs experts one by one")  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the experts' own.
 
@@ -180,7 +183,7 @@ class NeftExperts(nn.Module):
         # optimizers with momentum tell apart.
         trained = {int(expert) for stack in self._stacks() for expert in stack}
         for expert in sorted(trained.union(experts_Tk.unique().tolist())):
-            position, token = torch.where(experts_Tk.T == expert)
+            position, token = torch.nonzero(experts_Tk.T.eq(expert), as_tuple=True)
             inner = self._linear(first, expert, x_TH[token])
             inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
             outer = self._linear("down_proj", expert, inner)

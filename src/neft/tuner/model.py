@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import Tensor, nn
 
 from neft.errors import AdapterError, NeuronError, UsageError
@@ -160,7 +160,7 @@ def _check_fits(neurons: NeuronSet, model: nn.Module) -> None:
 
 def _plain_layer(module: nn.Module) -> nn.Module:
     if isinstance(module, (NeftLinear, NeftExperts)):
-        base: nn.Module = BaseTunerLayer.get_base_layer(module)
+        base: nn.Module = module.get_base_layer()
         return base
     return module
 

@@ -39,10 +39,24 @@ _TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Four experts of 24 units, of which each token goes to two; their number has two names, and the width of
+# models whose layers are all mixtures is simply called that of the intermediate layer.
+_MIXTURE = _TINY | {
+    "intermediate_size": 24,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 # What an architecture calls differently, or has beside.
 _OWN: dict[str, dict[str, Any]] = {
     "gpt2": _TINY | {"n_inner": 64},
     "opt": _TINY | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "mixtral": _MIXTURE,
+    "olmoe": _MIXTURE,
+    "gpt_oss": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
+    "qwen2_moe": _MIXTURE | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 40},
     "gemma3": {
         "text_config": _TINY,
         "vision_config": {

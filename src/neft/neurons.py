@@ -16,10 +16,11 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -79,6 +80,32 @@ class Projection:
     vector_length: int
     transposed: bool = False
     """The weight is stored as ``[in, out]`` (transformers' ``Conv1D``) instead of ``[out, in]``."""
+    expert: int | None = None
+    """Of a mixture whose experts' matrices are stacked in one parameter: which of them, from 0. The
+    name is then the parameter's, as in ``model.named_parameters()``, and this number, e.g.
+    ``model.layers.0.mlp.experts.down_proj.5``; no module has it."""
+    interleaved: bool = False
+    """Of ``gate_up``: gates and ups alternate, instead of all gates before all ups."""
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds the weight, as in ``model.named_parameters()``."""
+        return f"{self.name}.weight" if self.expert is None else self.name.rpartition(".")[0]
+
+    @property
+    def module(self) -> str:
+        """Name of the module that has this parameter."""
+        return self.parameter.rpartition(".")[0]
+
+    def weight_in(self, parameter: Any) -> Any:
+        """The weight, of ``weight_shape``, in the tensor that is ``parameter``: itself, or a view."""
+        return parameter if self.expert is None else parameter[self.expert]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter of ``shape`` has the weight in it."""
+        if self.expert is None:
+            return tuple(shape) == self.weight_shape
+        return tuple(shape[1:]) == self.weight_shape and self.expert < shape[0]
 
     @property
     def neuron_dim(self) -> int:
@@ -93,10 +120,11 @@ class Projection:
         return self.vector_length, self.num_neurons
 
     @property
-    def order(self) -> tuple[bool, int, int, str, str]:
-        """Sort key: by layer, then projection; modules outside the stack come last."""
+    def order(self) -> tuple[bool, int, int, str, str, int]:
+        """Sort key: by layer, then projection, then expert; modules outside the stack come last."""
         rank = ROLE_ORDER.index(self.role) if self.role in ROLE_ORDER else len(ROLE_ORDER)
-        return self.layer is None, self.layer or 0, rank, self.role, self.name
+        layer = self.layer is None, self.layer or 0
+        return *layer, rank, self.role, self.parameter, self.expert or 0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; defaults are left out."""
@@ -110,12 +138,16 @@ class Projection:
         }
         if self.transposed:
             fields["transposed"] = True
+        if self.expert is not None:
+            fields["expert"] = self.expert
+        if self.interleaved:
+            fields["interleaved"] = True
         return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Projection:
         """The inverse of ``to_dict``; raises ``KeyError``, ``TypeError`` or ``ValueError``."""
-        layer = fields["layer"]
+        layer, expert = fields["layer"], fields.get("expert")
         projection = cls(
             name=str(fields["name"]),
             layer=None if layer is None else operator.index(layer),
@@ -124,11 +156,17 @@ class Projection:
             num_neurons=operator.index(fields["num_neurons"]),
             vector_length=operator.index(fields["vector_length"]),
             transposed=bool(fields.get("transposed", False)),
+            expert=None if expert is None else operator.index(expert),
+            interleaved=bool(fields.get("interleaved", False)),
         )
         if projection.num_neurons < 1 or projection.vector_length < 1:
             raise ValueError(
                 f"{projection.name} has {projection.num_neurons} neurons of length "
                 f"{projection.vector_length}"
+            )
+        if expert is not None and not projection.name.endswith(f".{expert}"):
+            raise ValueError(
+                f"{projection.name} is said to be of expert {expert}, which its name lacks"
             )
         return projection
 
@@ -218,6 +256,15 @@ class NeuronSet:
     def modules(self) -> list[str]:
         """Names of the modules that have a chosen neuron, by layer."""
         return list(self._indices)
+
+    @cached_property
+    def by_module(self) -> Mapping[str, Sequence[Projection]]:
+        """The projections that have a chosen neuron, by the module that has their parameter."""
+        table: dict[str, list[Projection]] = {}
+        for name in self._indices:
+            projection = self.projections[name]
+            table.setdefault(projection.module, []).append(projection)
+        return table
 
     def items(self) -> Iterator[tuple[str, Indices]]:
         """(module name, sorted indices) of every module that has a chosen neuron, by layer."""
@@ -401,7 +448,7 @@ class NeuronSet:
             elif name in self:
                 raise NeuronError(
                     f"{name}: the authors' format holds up and down projections only, "
-                    f"this one is {projection.role!r}."
+                    f"this one is {_described(projection)}."
                 )
         return exported
 
@@ -411,9 +458,18 @@ _AUTHORS_SIDES = {"up": "in", "down": "out"}
 
 def _authors_key(projection: Projection) -> str | None:
     """The research code's name of a projection, if it has one."""
-    if projection.layer is None or projection.role not in _AUTHORS_SIDES:
+    if (
+        projection.layer is None
+        or projection.expert is not None
+        or projection.role not in _AUTHORS_SIDES
+    ):
         return None
     return f"{projection.layer}_{_AUTHORS_SIDES[projection.role]}"
+
+
+def _described(projection: Projection) -> str:
+    of_expert = "" if projection.expert is None else f" of expert {projection.expert}"
+    return f"{projection.role!r}{of_expert}"
 
 
 @contextmanager
@@ -648,30 +704,35 @@ class NeuronScores:
 def _unit_numbers(projections: Iterable[Projection]) -> Indices:
     """Which unit of the model each neuron belongs to; projections in canonical order."""
     numbers: list[Indices] = []
-    units: dict[int | None, range] = {}
-    seen: set[tuple[int | None, str]] = set()
+    units: dict[tuple[int | None, int | None], range] = {}
+    seen: set[tuple[int | None, int | None, str]] = set()
     num_before = 0
     for projection in projections:
-        layer, role = projection.layer, projection.role
+        role = projection.role
         if role not in _NEURONS_PER_UNIT:
             raise NeuronError(
                 f"{projection.name}: its neurons belong to no feed-forward unit, so the rule 'units' "
                 "cannot choose among them. Score up, gate and down projections alone, or take another "
                 "rule."
             )
-        num_units, rest = divmod(projection.num_neurons, _NEURONS_PER_UNIT[role])
-        if layer not in units:
-            units[layer] = range(num_before, num_before + num_units)
+        per_unit = _NEURONS_PER_UNIT[role]
+        num_units, rest = divmod(projection.num_neurons, per_unit)
+        # Each expert is a feed-forward network of its own.
+        network = projection.layer, projection.expert
+        if network not in units:
+            units[network] = range(num_before, num_before + num_units)
             num_before += num_units
-        if rest or num_units != len(units[layer]) or (layer, role) in seen:
+        if rest or num_units != len(units[network]) or (*network, role) in seen:
             raise NeuronError(
                 f"{projection.name}: its {projection.num_neurons} neurons do not pair with the "
-                f"{len(units[layer])} units of the layer's other projections, so the rule 'units' cannot "
-                "choose among them. Take another rule."
+                f"{len(units[network])} units of the layer's other projections, so the rule 'units' "
+                "cannot choose among them. Take another rule."
             )
-        seen.add((layer, role))
-        # A fused projection has the rows of all units' gates, then those of all ups.
-        numbers += [np.array(units[layer])] * _NEURONS_PER_UNIT[role]
+        seen.add((*network, role))
+        # A fused projection has the rows of all units' gates, then those of all ups, or each unit's two
+        # together.
+        repeat = np.repeat if projection.interleaved else np.tile
+        numbers.append(repeat(np.array(units[network]), per_unit))
     return np.concatenate(numbers)
 
 

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from neft.errors import ArchitectureError, CheckpointError
 from neft.neurons import ROLE_ORDER, Axis, Projection
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
 DEFAULT_MODULES = ("up", "down")
@@ -32,8 +32,8 @@ class Architecture:
 
     layers: str
     """Path of the stack of layers; whatever encloses it may come before."""
-    roles: Mapping[str, str]
-    """Role -> path inside a layer."""
+    roles: Mapping[str, str | tuple[str, ...]]
+    """Role -> path inside a layer, or several; that of a parameter where it stacks experts."""
 
 
 _GATED = {
@@ -46,6 +46,9 @@ _GATED = {
     "o": "self_attn.o_proj",
 }
 _LLAMA = Architecture("layers", _GATED)
+_ATTENTION = {role: path for role, path in _GATED.items() if path.startswith("self_attn.")}
+_EXPERTS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+_MIXTURE = Architecture("layers", _EXPERTS | _ATTENTION)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": _LLAMA,  # also SmolLM and SmolLM2
@@ -57,6 +60,22 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3": Architecture("language_model.layers", _GATED),  # its vision tower has layers too
     "olmo2": _LLAMA,
     "smollm3": _LLAMA,
+    "mixtral": _MIXTURE,
+    "olmoe": _MIXTURE,
+    "gpt_oss": _MIXTURE,
+    "qwen3_moe": Architecture(  # some layers may be dense
+        "layers", _GATED | _EXPERTS | {"down": ("mlp.down_proj", "mlp.experts.down_proj")}
+    ),
+    "qwen2_moe": Architecture(  # the same, and an expert for all tokens
+        "layers",
+        _GATED
+        | _EXPERTS
+        | {
+            "up": ("mlp.up_proj", "mlp.shared_expert.up_proj"),
+            "gate": ("mlp.gate_proj", "mlp.shared_expert.gate_proj"),
+            "down": ("mlp.down_proj", "mlp.shared_expert.down_proj", "mlp.experts.down_proj"),
+        },
+    ),
     "phi3": Architecture(
         "layers",
         {
@@ -111,8 +130,10 @@ def find_projections(
             config, or a checkpoint folder or Hub id, of which only ``config.json`` is read.
         modules: roles (``up``, ``gate``, ``down``, ``q``, ``k``, ``v``, ``o``, ``gate_up``, ``qkv``),
             module names, or shell-style patterns of module names (``*`` goes across dots), each of
-            which must find a linear layer. The output head is taken only by its exact name. Default:
-            up and down, as in the paper; where up is fused with gate, both of them.
+            which must find a linear layer. The output head is taken only by its exact name. Where the
+            experts of a mixture are stacked in one parameter, each counts as a linear layer, by the
+            parameter's name and its number (``*.experts.down_proj.5``); the parameter's name alone means
+            all. Default: up and down, as in the paper; where up is fused with gate, both of them.
         axes: the same kinds of names -> axis; the first that matches counts, before the architecture's
             own. A layer that neither knows has its neurons in rows.
 
@@ -138,6 +159,24 @@ def find_projections(
             given_axes.setdefault(name, _as_axis(pattern, axis))
     projections = (network.projection(name, given_axes.get(name)) for name in chosen)
     return sorted(projections, key=lambda projection: projection.order)
+
+
+def check_can_be_watched(projections: Iterable[Projection], remedy: str) -> None:
+    """Check that each is a module of its own, whose inputs and outputs a hook sees.
+
+    Args:
+        projections: to be watched while a model reads texts.
+        remedy: a sentence for the error.
+
+    Raises:
+        ArchitectureError: the matrix of an expert.
+    """
+    for projection in projections:
+        if projection.expert is not None:
+            raise ArchitectureError(
+                f"{projection.name}: activations of experts cannot be watched, because the model "
+                f"computes those of a layer in one call. {remedy}"
+            )
 
 
 def _as_axis(pattern: str, axis: str) -> Axis:
@@ -192,11 +231,47 @@ def _without_weights(config: PreTrainedConfig) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Linear:
-    """Shape of a linear layer."""
+    """Shape of a linear layer, which may be one of a stack of experts."""
 
     num_inputs: int
     num_outputs: int
     transposed: bool = False
+    expert: int | None = None
+    interleaved: bool = False
+
+
+def is_stack_of_experts(module: nn.Module) -> bool:
+    """Whether a module holds all experts of a layer as transformers stacks them.
+
+    It has parameters of three dimensions, and marks that tell how each expert's matrices lie in them.
+    """
+    return (
+        all(isinstance(getattr(module, mark, None), bool) for mark in _MARKS_OF_EXPERTS)
+        and next(_stacked(module), None) is not None
+    )
+
+
+# transformers' use_experts_implementation sets these.
+_MARKS_OF_EXPERTS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+
+
+def _stacked(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a module that stack the matrices of experts."""
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point():
+            yield name, parameter
+
+
+def _experts(module: Any, name: str) -> Iterator[tuple[str, _Linear]]:
+    """The matrices of all experts of a module, by the name of their parameter and their number."""
+    for attribute, parameter in _stacked(module):
+        num_experts, *shape = parameter.shape
+        num_inputs, num_outputs = shape if module.is_transposed else reversed(shape)
+        interleaved = attribute == "gate_up_proj" and not module.is_concatenated
+        for expert in range(num_experts):
+            linear = _Linear(num_inputs, num_outputs, module.is_transposed, expert, interleaved)
+            yield f"{name}.{attribute}.{expert}", linear
 
 
 def _as_linear(module: nn.Module) -> _Linear | None:
@@ -252,6 +327,13 @@ class _Network:
             for name, module in self.modules.items()
             if (linear := _as_linear(module)) is not None
         }
+        self.experts = {
+            expert_name: linear
+            for name, module in self.modules.items()
+            if is_stack_of_experts(module)
+            for expert_name, linear in _experts(module, name)
+        }
+        self.linear |= self.experts
         self.known = {
             name: place for name in self.linear if (place := self._place(name)) is not None
         }
@@ -259,32 +341,46 @@ class _Network:
         self.heads = {
             name
             for name in self.linear
-            if name.rpartition(".")[2] == "lm_head" or self.modules[name] is head
+            if name.rpartition(".")[2] == "lm_head"
+            or (head is not None and self.modules.get(name) is head)
         }
 
     def _place(self, name: str) -> tuple[int, str] | None:
-        """(layer, role) of a module that the architecture table knows."""
+        """(layer, role) of a linear layer that the architecture table knows."""
         if self.architecture is not None:
-            for role, path in self.architecture.roles.items():
-                pattern = (
-                    rf"(?:.*\.)?{re.escape(self.architecture.layers)}\.(\d+)\.{re.escape(path)}"
-                )
-                if found := re.fullmatch(pattern, name):
-                    return int(found[1]), role
+            path = _stack_of(name) if name in self.experts else name
+            if found := re.fullmatch(
+                rf"(?:.*\.)?{re.escape(self.architecture.layers)}\.(\d+)\.(.+)", path
+            ):
+                layer, inside = found.groups()
+                for role in self.architecture.roles:
+                    if inside in self._paths(role):
+                        return int(layer), role
         return None
 
+    def _paths(self, role: str) -> tuple[str, ...]:
+        """Where in a layer the architecture keeps a role."""
+        assert self.architecture is not None
+        paths = self.architecture.roles[role]
+        return (paths,) if isinstance(paths, str) else paths
+
     def default_modules(self) -> tuple[str, ...]:
-        """``DEFAULT_MODULES``, each replaced by what it is fused into."""
-        roles = self.architecture.roles if self.architecture is not None else DEFAULT_MODULES
-        return tuple(role if role in roles else _FUSED_ROLES[role] for role in DEFAULT_MODULES)
+        """``DEFAULT_MODULES``, or what they are fused into; both where layers differ in that."""
+        present = {role for _, role in self.known.values()}
+        chosen: list[str] = []
+        for default in DEFAULT_MODULES:
+            places = (default, _FUSED_ROLES.get(default, default))
+            chosen += [role for role in dict.fromkeys(places) if role in present] or [default]
+        return tuple(chosen)
 
     def projection(self, name: str, axis: Axis | None) -> Projection:
         """Describe linear layer ``name``; ``axis`` goes before the table's."""
-        layer, role = self.known.get(name) or (_first_number(name), name.rpartition(".")[2])
+        linear = self.linear[name]
+        path = name if linear.expert is None else _stack_of(name)
+        layer, role = self.known.get(name) or (_first_number(name), path.rpartition(".")[2])
         if axis is None:
             writes = name in self.known and role in _WRITING_ROLES
             axis = Axis.COLUMN if writes else Axis.ROW
-        linear = self.linear[name]
         by_row = axis is Axis.ROW
         return Projection(
             name=name,
@@ -294,6 +390,8 @@ class _Network:
             num_neurons=linear.num_outputs if by_row else linear.num_inputs,
             vector_length=linear.num_inputs if by_row else linear.num_outputs,
             transposed=linear.transposed,
+            expert=linear.expert,
+            interleaved=linear.interleaved,
         )
 
     def find(self, wanted: str) -> list[str]:
@@ -306,6 +404,11 @@ class _Network:
                 raise ArchitectureError(self._no_role(wanted))
             return found
         matching = [name for name in self.modules if fnmatch.fnmatchcase(name, wanted)]
+        matching += [
+            name
+            for name in self.experts
+            if fnmatch.fnmatchcase(name, wanted) or fnmatch.fnmatchcase(_stack_of(name), wanted)
+        ]
         found = [name for name in matching if name in self.linear and name not in self.heads]
         if not found:
             raise ArchitectureError(self._no_linear_layer(wanted, matching))
@@ -321,7 +424,7 @@ class _Network:
         if role in _FUSED_ROLES and _FUSED_ROLES[role] in roles:
             fused = _FUSED_ROLES[role]
             return (
-                f"{self.title}: {role!r} is fused into {roles[fused]!r} here; "
+                f"{self.title}: {role!r} is fused into {self._paths(fused)[0]!r} here; "
                 f"use the role {fused!r}, which takes the whole of it."
             )
         return f"{self.title}: has no projection {role!r}. Roles here: {', '.join(roles)}."
@@ -385,6 +488,11 @@ def _output_head(model: Any) -> nn.Module | None:
     """The layer that makes logits, where the model is one of transformers' and has one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return None if head is None else _unwrapped(head)
+
+
+def _stack_of(expert: str) -> str:
+    """The name of the parameter that the matrix of an expert is in."""
+    return expert.rpartition(".")[0]
 
 
 def _first_number(name: str) -> int | None:

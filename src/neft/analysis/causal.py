@@ -176,7 +176,7 @@ class _Place:
     def find(cls, model: Any, projection: Projection, indices: Indices) -> _Place:
         import torch
 
-        weight: Tensor = model.get_submodule(projection.name).weight.detach()
+        weight = projection.weight_in(model.get_parameter(projection.parameter).detach())
         return cls(weight, projection.neuron_dim, torch.from_numpy(indices).to(weight.device))
 
     def read(self) -> Tensor:
@@ -196,14 +196,15 @@ def _check_fits(neurons: NeuronSet, model: Any, original: WeightSource) -> None:
         )
     if not len(neurons):
         raise NeuronError("The neuron set is empty: there is nothing to restore.")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in neurons.modules():
-        expected = neurons.projections[name].weight_shape
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None or tuple(weight.shape) != expected:
+        projection = neurons.projections[name]
+        weight = parameters.get(projection.parameter)
+        if weight is None or not projection.fits(weight.shape):
             found = "no such weight" if weight is None else f"a weight of {list(weight.shape)}"
             raise NeuronError(
                 f"{name}: this {type(model).__name__} has {found}, and the neurons are of one of "
-                f"{list(expected)}. They were chosen in another model."
+                f"{list(projection.weight_shape)}. They were chosen in another model."
             )
     check_weights(original, [neurons.projections[name] for name in neurons.modules()])
 

@@ -122,7 +122,10 @@ def lens_tokens(
         vectors = read_weight(source, projection).index_select(projection.neuron_dim, indices)
         vectors = (vectors if projection.neuron_dim == 0 else vectors.T).float()
         found[projection.name] = _extremes(
-            path.normed(source, projection, vectors), unembedding, k, _at(source, projection.name)
+            path.normed(source, projection, vectors),
+            unembedding,
+            k,
+            f"{source.label}: {source.matrix(projection).name}",
         )
     return found
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from neft.errors import RunError
 from neft.neurons import Projection
-from neft.projections import as_module, find_projections
+from neft.projections import as_module, check_can_be_watched, find_projections
 from neft.streaming import Batch
 
 if TYPE_CHECKING:
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
+WITHOUT_UNITS = "Leave the analysis out."
+"""What to do where units cannot be watched."""
+
+
 class UnitCollector(ABC):
     """A ``Collector`` of activations; see ``stream``.
 
     Raises, when it starts to watch a model:
-        ArchitectureError: its down projections cannot be found.
+        ArchitectureError: its down projections cannot be found, or are those of experts.
     """
 
     def __init__(self) -> None:
@@ -38,6 +42,7 @@ class UnitCollector(ABC):
         self.projections = {
             projection.name: projection for projection in find_projections(model, ["down"])
         }
+        check_can_be_watched(self.projections.values(), WITHOUT_UNITS)
         network = as_module(model)
         return [
             # A wrapper that an adapter put there is called with the same input.

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from neft.checkpoints import WeightSource
+from neft.checkpoints import Matrix, WeightSource, find_matrix
 from neft.errors import CheckpointError
+from neft.neurons import Projection
+from neft.projections import find_projections
 from neft.scoring.weights import check_dtype
 
 if TYPE_CHECKING:
@@ -27,21 +29,18 @@ class WeightPair:
     """One weight of the model, in both checkpoints."""
 
     parameter: str
-    """As in ``model.named_parameters()``."""
-    sources: tuple[WeightSource, WeightSource]
-    tensors: tuple[str, str]
-    """What the two checkpoints call it."""
+    """As in ``model.named_parameters()``; of experts, the name of their projection."""
+    sides: tuple[Matrix, Matrix]
+    """Where it is in the two checkpoints."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The same on both sides."""
-        return self.sources[0].tensors[self.tensors[0]].shape
+        return self.sides[0].shape
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Before and after, on the CPU, as stored; treat them as read-only."""
-        before, after = (
-            source.read(tensor) for source, tensor in zip(self.sources, self.tensors, strict=True)
-        )
+        before, after = (side.read() for side in self.sides)
         return before, after
 
 
@@ -70,25 +69,50 @@ def pair_weights(before: WeightSource, after: WeightSource) -> Pairing:
     """
     pairs: list[WeightPair] = []
     left_out: dict[str, str] = {}
+    experts = _experts(before.network)
     for names in _parameters(before.network):
-        old, new = _distinct(before, names), _distinct(after, names)
-        if not old or not new:
-            lacking = after if old else before
-            left_out[names[0]] = f"is not in {lacking.label}"
-            continue
-        for parameter, tensor in new.items():
-            pair = WeightPair(
-                parameter, (before, after), (old.get(parameter, next(iter(old.values()))), tensor)
-            )
-            shapes = [s.tensors[t].shape for s, t in zip(pair.sources, pair.tensors, strict=True)]
-            if shapes[0] == shapes[1]:
-                pairs.append(pair)
-            else:
-                left_out[parameter] = f"has the shapes {list(shapes[0])} and {list(shapes[1])}"
+        for old, new in _sides(before, after, names, experts.get(names[0])):
+            if not old or not new:
+                lacking = after if old else before
+                left_out[next(iter(old or new), names[0])] = f"is not in {lacking.label}"
+                continue
+            for parameter, matrix in new.items():
+                pair = WeightPair(parameter, (old.get(parameter, next(iter(old.values()))), matrix))
+                shapes = [side.shape for side in pair.sides]
+                if shapes[0] == shapes[1]:
+                    pairs.append(pair)
+                else:
+                    left_out[parameter] = f"has the shapes {list(shapes[0])} and {list(shapes[1])}"
     for pair in pairs:
-        for source, tensor in zip(pair.sources, pair.tensors, strict=True):
-            check_dtype(source, tensor)
+        for side in pair.sides:
+            for tensor in side.tensors:
+                check_dtype(side.source, tensor)
     return Pairing(pairs, left_out)
+
+
+def _experts(network: nn.Module) -> dict[str, list[Projection]]:
+    """Parameter -> the matrices of the experts that are stacked in it."""
+    table: dict[str, list[Projection]] = {}
+    for projection in find_projections(network, ["*"]):
+        if projection.expert is not None:
+            table.setdefault(projection.parameter, []).append(projection)
+    return table
+
+
+def _sides(
+    before: WeightSource,
+    after: WeightSource,
+    names: Sequence[str],
+    experts: Sequence[Projection] | None,
+) -> Iterator[tuple[dict[str, Matrix], dict[str, Matrix]]]:
+    """What the two checkpoints have of one parameter, by name; experts one by one."""
+    if experts is None:
+        yield _distinct(before, names), _distinct(after, names)
+        return
+    for projection in experts:
+        found = (find_matrix(source, projection) for source in (before, after))
+        old, new = ({} if side is None else {projection.name: side} for side in found)
+        yield old, new
 
 
 def _parameters(network: nn.Module) -> list[list[str]]:
@@ -99,12 +123,12 @@ def _parameters(network: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def _distinct(source: WeightSource, names: Sequence[str]) -> dict[str, str]:
-    """Parameter -> tensor, of those names whose tensors are no copies of the first one."""
+def _distinct(source: WeightSource, names: Sequence[str]) -> dict[str, Matrix]:
+    """Parameter -> where it is, of those names whose tensors are no copies of the first one."""
     found = {name: tensor for name in names if (tensor := source.find(name)) is not None}
     first = next(iter(found.values()), None)
     return {
-        name: tensor
+        name: Matrix(source, (tensor,), None)
         for name, tensor in found.items()
         if tensor == first or (first is not None and _differ(source, first, tensor))
     }
@@ -150,11 +174,11 @@ def squared_sums(pair: WeightPair, before: Tensor, after: Tensor, pool: Executor
     sums = list(pool.map(_block_sums, _blocks(before), _blocks(after)))
     total = SquaredSums(math.fsum(c for c, _ in sums), math.fsum(n for _, n in sums))
     if not math.isfinite(total.change):
-        for source, name, tensor in zip(pair.sources, pair.tensors, (before, after), strict=True):
+        for side, tensor in zip(pair.sides, (before, after), strict=True):
             if not tensor.isfinite().all():
                 raise CheckpointError(
-                    f"{source.label}: {name} holds a value that is not finite. The training run that "
-                    "wrote it broke down; give an earlier checkpoint."
+                    f"{side.source.label}: {side.name} holds a value that is not finite. The training "
+                    "run that wrote it broke down; give an earlier checkpoint."
                 )
     return total
 

@@ -69,12 +69,12 @@ class FolderWeights(WeightSource):
     def network(self) -> nn.Module:
         return as_module(self._folder)
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, index: int | None) -> Tensor:
         # Pages that were read count as this process's memory for as long as their file is mapped, so a
         # shard that stayed open would grow by the whole of itself.
         shard = self._shards[name]
         with _faults_named(shard), safe_open(shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
             return tensor
 
 

@@ -47,14 +47,14 @@ class ModuleWeights(WeightSource):
         unique = {id(parameter): parameter.numel() for parameter in self._parameters.values()}
         return sum(unique.values())
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, index: int | None) -> Tensor:
         parameter = self._parameters[name].detach()
         if parameter.is_meta:
             raise CheckpointError(
                 f"{self.label}: {name} is on the meta device and has no data. Load the model without "
                 "offloading, or give its folder."
             )
-        return parameter.cpu()
+        return (parameter if index is None else parameter[index]).cpu()
 
 
 def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neft.checkpoints.matrix import Matrix, find_matrix
 from neft.errors import CheckpointError
+from neft.neurons import Projection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,10 +46,10 @@ class WeightSource(ABC):
         """
 
     @abstractmethod
-    def _read(self, name: str) -> Tensor: ...
+    def _read(self, name: str, index: int | None) -> Tensor: ...
 
-    def read(self, name: str) -> Tensor:
-        """Tensor ``name``, on the CPU, in the dtype in which it is stored.
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Tensor ``name``, or its part ``[index]``, on the CPU, in the dtype in which it is stored.
 
         Treat it as read-only, and let go of it before the next: it may be the file itself, mapped into
         memory, or the weight of a live module.
@@ -57,7 +59,25 @@ class WeightSource(ABC):
         """
         if name not in self.tensors:
             raise self._missing(name)
-        return self._read(name)
+        return self._read(name, index)
+
+    def matrix(self, projection: Projection) -> Matrix:
+        """Where the weight of a projection is; for names see ``find``.
+
+        That of an expert may be part of a tensor ``[experts, ...]``, or be made up of tensors of its own.
+
+        Raises:
+            CheckpointError: it is not there, or more than one could be meant.
+        """
+        found = find_matrix(self, projection)
+        if found is not None:
+            return found
+        if f"{projection.parameter}_blocks" in self.tensors:
+            raise CheckpointError(
+                f"{self.label}: {projection.parameter} is stored in MXFP4 blocks. Load the model with "
+                "quantization_config=Mxfp4Config(dequantize=True), save it, and give that checkpoint."
+            )
+        raise self._missing(projection.parameter)
 
     def weight_name(self, module: str) -> str:
         """Name of the weight of module ``module`` (as in ``model.named_modules()``); see ``find``.
@@ -81,8 +101,8 @@ class WeightSource(ABC):
         Raises:
             CheckpointError: more than one could be meant.
         """
-        if parameter in self.tensors:
-            return parameter
+        if found := self.find_exact(parameter):
+            return found
         fitting = [
             name
             for name in self.tensors
@@ -94,6 +114,12 @@ class WeightSource(ABC):
                 f"{', '.join(sorted(fitting))}."
             )
         return fitting[0] if fitting else None
+
+    def find_exact(self, parameter: str) -> str | None:
+        """The same, if it has the prefix that it has in the model."""
+        # Mixtral's files keep the name that its blocks had before.
+        names = (parameter, parameter.replace(".mlp.", ".block_sparse_moe."))
+        return next((name for name in names if name in self.tensors), None)
 
     @property
     def num_parameters(self) -> int:

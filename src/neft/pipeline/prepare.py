@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,10 +14,14 @@ from neft.models import load_tokenizer
 from neft.pipeline.identity import model_identity
 from neft.pipeline.probing import check_probe
 from neft.pipeline.selection import choose, unscored, with_rank
+from neft.projections import check_can_be_watched, find_projections
 from neft.recipe import DataSection, Recipe, load_recipe
 from neft.sft.data import Split, load_examples, load_texts
 from neft.sft.methods import find_method
 from neft.sft.prompts import encode_all, prompt_ids
+
+if TYPE_CHECKING:
+    from torch import nn
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
@@ -73,6 +77,7 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
             check_machine(recipe.model, options)
     weights = open_weights(recipe.model.path, recipe.model.revision)
     network = weights.network
+    _check_watching(recipe, network)
     summary: dict[str, Any] = {"model": {"num_parameters": weights.num_parameters}}
     neurons = None
     if find_method(recipe.train.method).needs_neurons:
@@ -90,6 +95,17 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
     if train.lora is not None:
         train = train.model_copy(update={"lora": with_rank(train.lora, network, recipe)})
     return summary | {"num_to_train": num_trainable(network, train, neurons)}
+
+
+def _check_watching(recipe: Recipe, network: nn.Module) -> None:
+    """Check that the modules whose activations the recipe needs can be watched."""
+    from neft.analysis.units import WITHOUT_UNITS
+    from neft.scoring.activation import ActivationSums
+
+    if finds_neurons(recipe) and recipe.warmup is not None and recipe.warmup.method == "activation":
+        ActivationSums.nothing_yet(find_projections(network, recipe.score.modules))
+    if recipe.analysis is not None:
+        check_can_be_watched(find_projections(network, ["down"]), WITHOUT_UNITS)
 
 
 def check_data(recipe: Recipe) -> dict[str, Any]:

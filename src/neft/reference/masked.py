@@ -30,14 +30,14 @@ def mask_gradients(model: nn.Module, neurons: NeuronSet) -> list[RemovableHandle
     parameters = dict(model.named_parameters())
     _check_fits(neurons, parameters)
     handles = []
+    masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    for name, chosen in neurons.items():
+        projection = neurons.projections[name]
+        mask = projection.weight_in(masks[projection.parameter])
+        mask.index_fill_(projection.neuron_dim, torch.from_numpy(chosen).to(mask.device), True)
     for name, parameter in parameters.items():
-        mask = torch.zeros_like(parameter, dtype=torch.bool)
-        module = name.removesuffix(".weight")
-        if module in neurons:
-            indices = torch.from_numpy(neurons[module]).to(mask.device)
-            mask.index_fill_(neurons.projections[module].neuron_dim, indices, True)
         parameter.requires_grad_(True)
-        handles.append(parameter.register_hook(_Mask(mask)))
+        handles.append(parameter.register_hook(_Mask(masks[name])))
     return handles
 
 
@@ -54,11 +54,12 @@ class _Mask:
 
 def _check_fits(neurons: NeuronSet, parameters: dict[str, nn.Parameter]) -> None:
     for name in neurons.modules():
-        expected = neurons.projections[name].weight_shape
-        found = parameters.get(f"{name}.weight")
-        if found is None or tuple(found.shape) != expected:
+        projection = neurons.projections[name]
+        found = parameters.get(projection.parameter)
+        if found is None or not projection.fits(found.shape):
             there = "none" if found is None else f"one of {tuple(found.shape)}"
             raise NeuronError(
-                f"{name}: the neurons were chosen in a weight of shape {expected}, but this model has "
-                f"{there} there. The set was made for another model, or the weight is tied to another."
+                f"{name}: the neurons were chosen in a weight of shape {projection.weight_shape}, but "
+                f"this model has {there} there. The set was made for another model, or the weight is "
+                "tied to another."
             )

@@ -18,7 +18,7 @@ from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
 from neft.errors import DataError, RunError
 from neft.neurons import Axis, NeuronScores, Projection
-from neft.projections import as_module, find_projections
+from neft.projections import as_module, check_can_be_watched, find_projections
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +38,15 @@ class ActivationSums:
 
     @classmethod
     def nothing_yet(cls, projections: Iterable[Projection]) -> ActivationSums:
-        """Zeros for projections."""
+        """Zeros for projections.
+
+        Raises:
+            ArchitectureError: projections of experts.
+        """
+        projections = list(projections)
+        check_can_be_watched(
+            projections, "Score them by cosine, gradient or norm, or leave them out of modules."
+        )
         return cls({p.name: torch.zeros(p.num_neurons, dtype=torch.float64) for p in projections})
 
     def add(self, model: Any, batches: Iterable[Mapping[str, Tensor]]) -> None:
@@ -115,7 +123,7 @@ def score_by_activation(
         modules: projections to score (see ``find_projections``); default: up and down.
 
     Raises:
-        ArchitectureError: projections that the model does not have.
+        ArchitectureError: projections that the model does not have, or of experts.
         DataError: no batches.
         RunError: an activation that is not finite, or too little memory on the device.
     """

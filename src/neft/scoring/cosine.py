@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from neft import __version__
-from neft.checkpoints import WeightSource, open_weights
+from neft.checkpoints import Matrix, WeightSource, open_weights
 from neft.errors import CheckpointError
 from neft.neurons import Axis, NeuronScores, PathLike, Projection
 from neft.projections import find_projections
@@ -97,58 +97,52 @@ class _Pair:
     """One projection's weight on both sides."""
 
     projection: Projection
-    sources: tuple[WeightSource, WeightSource]
-    names: tuple[str, str]
+    sides: tuple[Matrix, Matrix]
 
     @classmethod
     def find(cls, projection: Projection, original: WeightSource, tuned: WeightSource) -> _Pair:
-        names = original.weight_name(projection.name), tuned.weight_name(projection.name)
-        for source, name in zip((original, tuned), names, strict=True):
-            tensor = source.tensors[name]
-            if tensor.shape != projection.weight_shape:
+        sides = original.matrix(projection), tuned.matrix(projection)
+        for matrix in sides:
+            label = matrix.source.label
+            if matrix.shape != projection.weight_shape:
                 raise CheckpointError(
-                    f"{source.label}: {name} has shape {list(tensor.shape)}, but the model of "
+                    f"{label}: {matrix.name} has shape {list(matrix.shape)}, but the model of "
                     f"{original.label} makes it {list(projection.weight_shape)}. Score two checkpoints "
                     "of one model."
                 )
-            if tensor.dtype not in _DTYPES:
+            if matrix.dtype not in _DTYPES:
                 raise CheckpointError(
-                    f"{source.label}: {name} is stored as {tensor.dtype}; scoring needs one of "
+                    f"{label}: {matrix.name} is stored as {matrix.dtype}; scoring needs one of "
                     f"{', '.join(_DTYPES)}. Give the checkpoint that was not quantized."
                 )
-        return cls(projection, (original, tuned), names)
+        return cls(projection, sides)
 
     @property
     def dtypes(self) -> tuple[str, str]:
         """Stored dtypes, before and after."""
-        before, after = (
-            source.tensors[name].dtype
-            for source, name in zip(self.sources, self.names, strict=True)
-        )
-        return before, after
+        before, after = self.sides
+        return before.dtype, after.dtype
 
     def distances(self, pool: Executor) -> npt.NDArray[np.float64]:
         """``1 - cos`` of each neuron, float64 ``[num_neurons]``."""
-        before, after = (
-            source.read(name) for source, name in zip(self.sources, self.names, strict=True)
-        )
+        before, after = (matrix.read() for matrix in self.sides)
         found = cosine_distances(before, after, self.projection.neuron_dim, pool)
         if found.isnan().any():
             raise self._not_finite(before, after)
         return found.numpy()
 
     def _not_finite(self, *tensors: torch.Tensor) -> CheckpointError:
-        for source, name, tensor in zip(self.sources, self.names, tensors, strict=True):
+        for matrix, tensor in zip(self.sides, tensors, strict=True):
             for start, rows in enumerate(tensor.split(_SEARCHED_ROWS)):
                 bad = torch.nonzero(~(rows.double().abs() <= LARGEST))
                 if len(bad):
                     row, column = bad[0].tolist()
                     return CheckpointError(
-                        f"{source.label}: {name}[{start * _SEARCHED_ROWS + row}, {column}] is "
-                        f"{rows[row, column].item()}. The training run that wrote it broke down; score "
-                        "an earlier checkpoint."
+                        f"{matrix.source.label}: {matrix.name}[{start * _SEARCHED_ROWS + row}, {column}] "
+                        f"is {rows[row, column].item()}. The training run that wrote it broke down; "
+                        "score an earlier checkpoint."
                     )
-        raise AssertionError(f"{self.names}: NaN distances from finite weights")
+        raise AssertionError(f"{self.projection.name}: NaN distances from finite weights")
 
 
 def _warn(

@@ -10,7 +10,7 @@ in a run whose rates sum to 1, as long as that is small; the order does not depe
 
 A sum of signs takes one byte a weight for up to 127 batches. Gradients are computed one matrix after the
 other and freed at once. So beside the model's weights and activations, memory holds one byte for each
-weight of the scored projections, and one gradient.
+weight of the scored projections, and one gradient; that of experts is of all in a layer.
 """
 
 from __future__ import annotations
@@ -93,19 +93,28 @@ class GradientSigns:
             for parameter, before in wanted.items():
                 undo.callback(parameter.requires_grad_, before)
                 parameter.requires_grad_(False)
-            for name in self.sums:
-                weight = model.get_parameter(f"{name}.weight")
+            for name, projections in self._by_parameter(model).items():
+                weight = model.get_parameter(name)
                 weight.requires_grad_(True)
-                hook = weight.register_post_accumulate_grad_hook(partial(self._take, name))
+                hook = weight.register_post_accumulate_grad_hook(partial(self._take, projections))
                 undo.callback(hook.remove)
             yield
 
-    def _take(self, name: str, weight: Tensor) -> None:
+    def _by_parameter(self, model: nn.Module) -> Mapping[str, Sequence[Projection]]:
+        """The summed projections by the parameter they are in; experts share one."""
+        table: dict[str, list[Projection]] = {}
+        for projection in find_projections(model, [*self.sums]):
+            table.setdefault(projection.parameter, []).append(projection)
+        return table
+
+    def _take(self, projections: Sequence[Projection], weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
-        if not gradient.isfinite().all():
-            raise self._broken(f"the gradient of {name} is not finite")
-        self.sums[name] += gradient.sign_().to(self.sums[name])
+        for projection in projections:
+            name, part = projection.name, projection.weight_in(gradient)
+            if not part.isfinite().all():
+                raise self._broken(f"the gradient of {name} is not finite")
+            self.sums[name] += part.sign_().to(self.sums[name])
 
     def _broken(self, what: str) -> DivergenceError:
         return DivergenceError(

@@ -23,14 +23,14 @@ def check_weights(source: WeightSource, projections: Iterable[Projection]) -> No
         CheckpointError: a weight that is missing, of another shape, or quantized.
     """
     for projection in projections:
-        name = source.weight_name(projection.name)
-        tensor = source.tensors[name]
-        if tensor.shape != projection.weight_shape:
+        matrix = source.matrix(projection)
+        if matrix.shape != projection.weight_shape:
             raise CheckpointError(
-                f"{source.label}: {name} has shape {list(tensor.shape)}, but these neurons need "
+                f"{source.label}: {matrix.name} has shape {list(matrix.shape)}, but these neurons need "
                 f"{list(projection.weight_shape)}. Give a checkpoint of the model they belong to."
             )
-        check_dtype(source, name)
+        for name in matrix.tensors:
+            check_dtype(source, name)
 
 
 def check_dtype(source: WeightSource, tensor: str) -> None:
@@ -49,7 +49,7 @@ def check_dtype(source: WeightSource, tensor: str) -> None:
 
 def read_weight(source: WeightSource, projection: Projection) -> Tensor:
     """The stored weight, ``weight_shape`` of ``projection``, on the CPU; treat it as read-only."""
-    return source.read(source.weight_name(projection.name))
+    return source.matrix(projection).read()
 
 
 def not_finite(source: WeightSource, projection: Projection, neuron: int) -> CheckpointError:

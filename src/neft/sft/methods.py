@@ -57,10 +57,8 @@ def _embedding_weights(network: Any) -> list[nn.Parameter]:
 def _in_out_weights(network: nn.Module) -> list[nn.Parameter]:
     from neft.projections import find_projections
 
-    return [
-        network.get_parameter(f"{projection.name}.weight")
-        for projection in find_projections(network)
-    ]
+    names = dict.fromkeys(projection.parameter for projection in find_projections(network))
+    return [network.get_parameter(name) for name in names]
 
 
 def _of_weights(trains: str, weights: Weights) -> Method:
@@ -82,14 +80,15 @@ def _of_weights(trains: str, weights: Weights) -> Method:
 
 
 def lora_projections(network: nn.Module) -> list[Projection]:
-    """What LoRA adapts: every linear layer but the LM head.
+    """What LoRA adapts: every linear layer but the LM head; experts that are stacked in one parameter
+    are none.
 
     Raises:
         ArchitectureError: the network has no linear layers.
     """
     from neft.projections import find_projections
 
-    return find_projections(network, ["*"])
+    return [p for p in find_projections(network, ["*"]) if p.expert is None]
 
 
 def _lora(model: PreTrainedModel, neurons: NeuronSet | None, lora: LoraSection | None) -> nn.Module:

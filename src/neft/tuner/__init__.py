@@ -4,7 +4,8 @@
 import peft as _peft  # noqa: F401
 
 from neft.tuner.config import NeftConfig
+from neft.tuner.experts import NeftExperts
 from neft.tuner.layer import NeftLinear
 from neft.tuner.model import NeftModel
 
-__all__ = ["NeftConfig", "NeftLinear", "NeftModel"]
+__all__ = ["NeftConfig", "NeftExperts", "NeftLinear", "NeftModel"]

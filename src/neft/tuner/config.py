@@ -70,7 +70,7 @@ class NeftConfig(PeftConfig):
 
     def _set_target_modules(self) -> None:
         if isinstance(self.neurons, NeuronSet):
-            self.target_modules = set(self.neurons.modules())
+            self.target_modules = set(self.neurons.by_module)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, the neurons as one bitmap a projection."""

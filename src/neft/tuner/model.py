@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import Tensor, nn
 
 from neft.errors import AdapterError, NeuronError, UsageError
-from neft.neurons import NeuronSet
+from neft.neurons import NeuronSet, Projection
 from neft.tuner.config import NeftConfig
+from neft.tuner.experts import NeftExperts, check_experts_supported
 from neft.tuner.layer import NeftLinear, check_supported, neft_layers
 from neft.tuner.registration import PREFIX
 
@@ -37,7 +38,7 @@ class NeftModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: NeftConfig, key: str) -> bool:
         assert isinstance(peft_config.neurons, NeuronSet)
-        return _plain_name(key) in peft_config.neurons
+        return _plain_name(key) in peft_config.neurons.by_module
 
     def _create_and_replace(
         self,
@@ -52,19 +53,32 @@ class NeftModel(BaseTuner):
         neurons = peft_config.neurons
         assert isinstance(neurons, NeuronSet)
         name = _plain_name(current_key)
-        if name not in neurons:
+        if name not in neurons.by_module:
             raise NeuronError(
                 f"{name}: the state dict has vectors for this module, but the configuration chooses no "
                 "neuron of it. They belong to different adapters."
             )
-        layer = target if isinstance(target, NeftLinear) else NeftLinear(target, name)
+        projections = neurons.by_module[name]
+        layer = _as_neft_layer(target, name, projections[0])
         # A base weight that accelerate offloaded is brought in to read the original vectors.
         with onload_layer(layer):
-            layer.update_layer(adapter_name, neurons.projections[name], neurons[name])
+            if isinstance(layer, NeftExperts):
+                layer.update_layer(adapter_name, {p: neurons[p.name] for p in projections})
+            else:
+                layer.update_layer(adapter_name, projections[0], neurons[name])
         if layer is not target:
             # Not PEFT's _replace_module, which would send the vectors to where the weight is offloaded.
             setattr(parent, target_name, layer)
         layer.set_adapter(self.active_adapters)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, NeftExperts):
+            # PEFT's version hands over a weight, which experts do not have.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # PEFT calls the next two from 0.21 on. Before, an adapter trained under torch.compile does not load
     # without it, and missing vectors are only warned of.
@@ -111,6 +125,14 @@ class NeftModel(BaseTuner):
         yield
 
 
+def _as_neft_layer(
+    target: nn.Module, name: str, projection: Projection
+) -> NeftLinear | NeftExperts:
+    if isinstance(target, (NeftLinear, NeftExperts)):
+        return target
+    return NeftLinear(target, name) if projection.expert is None else NeftExperts(target, name)
+
+
 def _plain_name(key: str) -> str:
     """A name in the model without the wrappers of ``torch.compile`` and FSDP."""
     return key.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
@@ -121,21 +143,36 @@ def _check_fits(neurons: NeuronSet, model: nn.Module) -> None:
     if not len(neurons):
         raise NeuronError("The neuron set is empty: there is nothing to train.")
     modules = {_plain_name(name): module for name, module in model.named_modules()}
-    for name in neurons.modules():
+    for name, projections in neurons.by_module.items():
         if name not in modules:
             raise NeuronError(
                 f"{name}: the neuron set names a module that this {type(model).__name__} does not "
                 "have. The set was made for another model, or for the same one under another class."
             )
-        module = modules[name]
-        layer: Any = module.get_base_layer() if isinstance(module, NeftLinear) else module
-        check_supported(layer, name)
-        expected = neurons.projections[name].weight_shape
-        if tuple(layer.weight.shape) != expected:
-            raise NeuronError(
-                f"{name}: the weight has shape {tuple(layer.weight.shape)}, but the neurons were chosen "
-                f"in one of {expected}. The set was made for another model."
-            )
+        layer = _plain_layer(modules[name])
+        if projections[0].expert is None:
+            check_supported(layer, name)
+        else:
+            check_experts_supported(layer, modules.get(name.rpartition(".")[0]), name)
+        for projection in projections:
+            _check_shape(projection, layer)
+
+
+def _plain_layer(module: nn.Module) -> nn.Module:
+    if isinstance(module, (NeftLinear, NeftExperts)):
+        base: nn.Module = module.get_base_layer()
+        return base
+    return module
+
+
+def _check_shape(projection: Projection, layer: nn.Module) -> None:
+    attribute = projection.parameter.removeprefix(f"{projection.module}.")
+    shape = tuple(getattr(layer, attribute).shape)
+    if not projection.fits(shape):
+        raise NeuronError(
+            f"{projection.name}: the weight has shape {shape}, but the neurons were chosen "
+            f"in one of {projection.weight_shape}. The set was made for another model."
+        )
 
 
 def _check_alone(neurons: NeuronSet, model: nn.Module, modules_to_save: list[str]) -> None:
@@ -145,7 +182,7 @@ def _check_alone(neurons: NeuronSet, model: nn.Module, modules_to_save: list[str
         users.setdefault(id(parameter), []).append(_plain_name(name).replace(".base_layer.", "."))
     tied = {name: names for names in users.values() for name in names if len(names) > 1}
     for name in neurons.modules():
-        weight = f"{name}.weight"
+        weight = neurons.projections[name].parameter
         if weight in tied:
             others = ", ".join(other for other in tied[weight] if other != weight)
             raise NeuronError(

@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from measuring import Ratio, ratio, resident_bytes, restart_peak, write_figures
 
 METHODS = ("floor", "neft", "lora", "mask", "full")
 PARTS = ("forward", "backward", "optimizer")
@@ -149,8 +146,7 @@ def run_method(method: str, preset: Preset, pipe: Connection) -> None:
     import torch
 
     before = resident_bytes("VmRSS")
-    # Importing reads files through the page cache only; the peak counts from here.
-    Path("/proc/self/clear_refs").write_text("5")
+    restart_peak()
     model = build_model(preset)
     num_base_parameters = sum(p.numel() for p in model.parameters())
     model, arguments = prepare(method, model, preset.percent)
@@ -181,14 +177,6 @@ def run_method(method: str, preset: Preset, pipe: Connection) -> None:
     )
 
 
-def resident_bytes(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux.")
-
-
 def run(preset: Preset, methods: tuple[str, ...]) -> dict[str, Any]:
     """All methods in turn, round by round."""
     context = multiprocessing.get_context("forkserver")
@@ -215,51 +203,27 @@ def run(preset: Preset, methods: tuple[str, ...]) -> dict[str, Any]:
     return results
 
 
-def ratios(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Median over rounds of each ratio in ``RATIOS``, with its range and its target."""
-    table = []
-    for (upper, lower, what), target in RATIOS.items():
-        if upper not in results or lower not in results:
-            continue
-        if what == "memory":
-            values = [results[upper]["peak_bytes"] / results[lower]["peak_bytes"]]
-        else:
-            pairs = zip(results[upper]["steps"], results[lower]["steps"], strict=True)
-            values = [sum(a.values()) / sum(b.values()) for a, b in pairs]
-        table.append(
-            {
-                "ratio": f"{upper} / {lower} {what}",
-                "median": statistics.median(values),
-                "min": min(values),
-                "max": max(values),
-                "target": target,
-            }
+def ratios(results: dict[str, Any]) -> list[Ratio]:
+    """Each of ``RATIOS`` whose two methods ran."""
+    return [
+        ratio(
+            f"{upper} / {lower} {what}",
+            *(figures(results[m], what) for m in (upper, lower)),
+            target,
         )
-    return table
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
+        for (upper, lower, what), target in RATIOS.items()
+        if upper in results and lower in results
     ]
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "neft")},
-        "commit": commit.stdout.strip() or None,
-    }
 
 
-def print_tables(results: dict[str, Any], table: list[dict[str, Any]]) -> None:
+def figures(result: dict[str, Any], what: str) -> list[float]:
+    """Seconds of each round's step, or the one peak of memory."""
+    if what == "memory":
+        return [result["peak_bytes"]]
+    return [sum(step.values()) for step in result["steps"]]
+
+
+def print_tables(results: dict[str, Any], table: list[Ratio]) -> None:
     print(f"{'method':8} {'trainable':>18} {'step s':>8} {'fwd / bwd / opt':>20} {'peak MB':>9}")
     for method, result in results.items():
         parts = {part: statistics.median(step[part] for step in result["steps"]) for part in PARTS}
@@ -269,9 +233,7 @@ def print_tables(results: dict[str, Any], table: list[dict[str, Any]]) -> None:
         print(f"{method:8} {share:>18} {total:8.3f} {split:>20} {result['peak_bytes'] / 1e6:9.0f}")
     print()
     for row in table:
-        target = "" if row["target"] is None else f"  target <= {row['target']}"
-        spread = "" if row["min"] == row["max"] else f"  ({row['min']:.3f} .. {row['max']:.3f})"
-        print(f"{row['ratio']:22} {row['median']:.3f}{spread}{target}")
+        print(row)
 
 
 def main() -> None:
@@ -293,13 +255,7 @@ def main() -> None:
     table = ratios(results)
     print_tables(results, table)
     if options.json:
-        report = {
-            "preset": {"name": name} | asdict(preset),
-            "machine": machine(),
-            "ratios": table,
-            "methods": results,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_figures(options.json, table, preset={"name": name} | asdict(preset), methods=results)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class Step:
 def build_model(preset: Preset) -> Any:
     """The same random model in every process."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
         hidden_size=preset.hidden_size,
@@ -121,11 +121,10 @@ def build_model(preset: Preset) -> Any:
         max_position_embeddings=preset.sequence_length,
         tie_word_embeddings=preset.is_tied,
         use_cache=False,
-        dtype=preset.dtype,
     )
     torch.manual_seed(0)
     with torch.device(preset.device):
-        model = LlamaForCausalLM._from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, preset.dtype))
     if preset.checkpoints_layers:
         model.activation_checkpointing_enable()
     return model
@@ -397,6 +396,13 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Preset]
         preset = replace(preset, **TINY, device="cpu")
     if options.rounds:
         preset = replace(preset, rounds=options.rounds)
+    if preset.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error(
+                f"--preset {options.preset} needs a GPU that PyTorch can use; there is none"
+            )
     return options, preset
 
 

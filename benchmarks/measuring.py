@@ -1,0 +1,90 @@
+"""What the benchmarks share: the machine, memory, and ratios of what ran side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One quantity over another, taken round by round: the median, and the range."""
+
+    name: str
+    median: float
+    min: float
+    max: float
+    target: float | None
+    """What the median must not exceed; None where there is no promise."""
+
+    @property
+    def is_missed(self) -> bool:
+        return self.target is not None and self.median > self.target
+
+    def __str__(self) -> str:
+        spread = "" if self.min == self.max else f"  ({self.min:.3f} .. {self.max:.3f})"
+        target = "" if self.target is None else f"  target <= {self.target}"
+        return f"{self.name:28} {self.median:.3f}{spread}{target}{'  MISSED' if self.is_missed else ''}"
+
+
+def ratio(
+    name: str, uppers: Sequence[float], lowers: Sequence[float], target: float | None = None
+) -> Ratio:
+    """``uppers`` over ``lowers``, each pair measured in the same round.
+
+    Raises:
+        ValueError: not as many of the one as of the other.
+    """
+    values = [upper / lower for upper, lower in zip(uppers, lowers, strict=True)]
+    return Ratio(name, statistics.median(values), min(values), max(values), target)
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; the benchmarks need Linux.")
+
+
+def restart_peak() -> None:
+    """Let ``VmHWM`` count from here: without what imports and preparations held for a while."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def machine(packages: Iterable[str] = ("torch", "transformers", "peft", "neft")) -> dict[str, Any]:
+    """What the figures were measured on, with the versions of ``packages`` and the commit."""
+    import torch
+
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def write_figures(path: Path, ratios: Iterable[Ratio], **sections: Any) -> None:
+    """The figures of one run as JSON: its ``sections``, the machine, and the ratios."""
+    figures = sections | {"machine": machine(), "ratios": [asdict(row) for row in ratios]}
+    path.write_text(json.dumps(figures, indent=1) + "\n")

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from neft.errors import AdapterError, NeuronError, UsageError
-from neft.neurons import NeuronSet
+from neft.neurons import NeuronSet, Projection
+from neft.quantized import check_gradients_pass, is_quantized, keep_format, keep_plain
 from neft.tuner.config import NeftConfig
-from neft.tuner.layer import NeftLinear, check_supported, neft_layers
+from neft.tuner.layer import NeftLinear, check_supported, features, neft_layers
 from neft.tuner.registration import PREFIX
 
 
@@ -32,6 +33,9 @@ class NeftModel(BaseTuner):
         neurons = peft_config.resolve(self.model)
         _check_fits(neurons, self.model)
         _check_alone(neurons, self.model, peft_config.modules_to_save or [])
+        keep_format(self.model)
+        if not peft_config.inference_mode:
+            check_gradients_pass(self.model)
         return peft_config
 
     @staticmethod
@@ -100,6 +104,31 @@ class NeftModel(BaseTuner):
             )
         return tensors
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._dequantize_merged(adapter_names)
+        plain: nn.Module = super()._unload_and_optionally_merge(
+            merge, progressbar, safe_merge, adapter_names
+        )
+        return plain
+
+    def _dequantize_merged(self, adapter_names: list[str] | None) -> None:
+        """Quantized layers that vectors are merged into become plain ones, in the model's dtype."""
+        names = []
+        for name, layer in neft_layers(self.model):
+            if not is_quantized(layer.get_base_layer()):
+                continue
+            if any(n in layer.neft_vectors for n in check_adapters_to_merge(layer, adapter_names)):
+                layer.dequantize(getattr(self.model, "dtype", None))
+                names.append(_plain_name(name))
+        keep_plain(self.model, names)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT runs every forward pass inside this; it is where other methods mix adapters in a batch."""
@@ -130,12 +159,21 @@ def _check_fits(neurons: NeuronSet, model: nn.Module) -> None:
         module = modules[name]
         layer: Any = module.get_base_layer() if isinstance(module, NeftLinear) else module
         check_supported(layer, name)
-        expected = neurons.projections[name].weight_shape
-        if tuple(layer.weight.shape) != expected:
+        # Outputs and inputs: a quantized weight is packed, and may lie otherwise than the one it is of.
+        num_inputs, num_outputs = features(layer)
+        found = (num_outputs, num_inputs)
+        expected = _logical_shape(neurons.projections[name])
+        if found != expected:
             raise NeuronError(
-                f"{name}: the weight has shape {tuple(layer.weight.shape)}, but the neurons were chosen "
-                f"in one of {expected}. The set was made for another model."
+                f"{name}: the weight has shape {found}, but the neurons were chosen in one of {expected}. "
+                "The set was made for another model."
             )
+
+
+def _logical_shape(projection: Projection) -> tuple[int, int]:
+    """Number of outputs and inputs."""
+    shape = projection.weight_shape
+    return (shape[1], shape[0]) if projection.transposed else shape
 
 
 def _check_alone(neurons: NeuronSet, model: nn.Module, modules_to_save: list[str]) -> None:

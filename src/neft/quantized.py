@@ -48,9 +48,9 @@ def dequantized(layer: nn.Module) -> Tensor:
                 raise _not_yet_quantized(layer)
             if getattr(weight.quant_state, "packing_format_for_cpu", False):
                 raise UsageError(
-                    "A forward pass in eval mode has made bitsandbytes repack its 4-bit weights for this "
-                    "CPU, which rounds their scales and cannot be undone. Load the model anew, and add the "
-                    "adapter before the first forward pass."
+                    "A forward pass in eval mode has made bitsandbytes repack its 4-bit weights for "
+                    "this CPU, which rounds their scales and cannot be undone. Load the model anew, and "
+                    "add the adapter before the first forward pass."
                 )
             values: Tensor = dequantize_bnb_weight(weight)
         case "Int8Params":
@@ -110,9 +110,9 @@ def check_gradients_pass(model: nn.Module) -> None:
             passes = F.linear(probe.requires_grad_(), weight).requires_grad
         if not passes:
             raise UsageError(
-                f"{name}: no gradient passes through its quantized weight ({type(weight).__name__}), because "
-                "activations are quantized too. Train over weight-only quantization (e.g. torchao's "
-                "Int8WeightOnlyConfig); the adapter then loads over this model too."
+                f"{name}: no gradient passes through its quantized weight ({type(weight).__name__}), "
+                "because activations are quantized too. Train over weight-only quantization (e.g. "
+                "torchao's Int8WeightOnlyConfig); the adapter then loads over this model too."
             )
 
 

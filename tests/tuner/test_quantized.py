@@ -26,9 +26,11 @@ from adapters import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.pytorch_utils import Conv1D
 
 from neft import NeftConfig
 from neft.errors import NeuronError, UsageError
+from neft.quantized import keep_format
 from neft.reference.masked import mask_gradients
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -48,6 +50,13 @@ CASES = [
     *(("llama", kind) for kind in KINDS),
     *((model_type, kind) for model_type in ("gpt2", "opt") for kind in ("nf4", "llm.int8")),
 ]
+NO_DROPOUT: dict[str, dict[str, float]] = {
+    "llama": {},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"dropout": 0.0},
+}
+# The kernel of LLM.int8 rounds the activations too.
+ROUNDED = 3e-2
 repacks = pytest.mark.skipif(
     not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks for AVX512-BF16 alone"
 )
@@ -95,7 +104,9 @@ def plain(model: PreTrainedModel, like: PreTrainedModel) -> PreTrainedModel:
             module, _, last = name.rpartition(".")
             layer = model.get_submodule(module)
             values = values_of(layer) if last == "weight" else getattr(layer, last)
-            parameter.copy_(values if values.shape == parameter.shape else values.T)
+            # A Conv1D becomes a Linear when it is quantized.
+            transposed = isinstance(result.get_submodule(module), Conv1D) and last == "weight"
+            parameter.copy_(values.T if transposed else values)
     return result
 
 
@@ -117,20 +128,20 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("model_type", "kind"), CASES)
 def test_untrained_vectors_change_nothing_but_rounding(tiny_model, tmp_path, model_type, kind):
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **NO_DROPOUT[model_type])
     wrapped = untrained(quantized(model, tmp_path, kind), model)
     assert {vector.dtype for vector in vectors(wrapped).values()} == {torch.float32}
     values = plain(wrapped.get_base_model(), model)
     for training in (False, True):
-        for mode in (wrapped, values):
-            mode.train(training).apply(lambda module: setattr(module, "p", 0.0))  # no dropout
+        wrapped.train(training)
         with wrapped.disable_adapter():
             base = wrapped(input_ids=IDS).logits
         if kind == "llm.int8" and not training:
             # Its kernel rounds the activations too, which the vectors do not.
             expected = values(input_ids=IDS).logits
-            tolerance = (base - expected).abs().max().item()
-            assert 1e-5 < tolerance < 2e-2
+            rounding = (base - expected).abs().max().item()
+            assert rounding > 1e-4
+            tolerance = 2 * rounding
         else:
             expected, tolerance = base, 1e-6
         found = [logits(wrapped), wrapped(input_ids=IDS).logits]
@@ -140,18 +151,18 @@ def test_untrained_vectors_change_nothing_but_rounding(tiny_model, tmp_path, mod
 
 @pytest.mark.parametrize(("model_type", "kind"), CASES)
 def test_trained_vectors_take_the_places_of_their_neurons(tiny_model, tmp_path, model_type, kind):
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **NO_DROPOUT[model_type])
     wrapped = untrained(quantized(model, tmp_path, kind), model)
     reference = plain(wrapped.get_base_model(), model)
     before = logits(reference)
     move(wrapped)
     reference.load_state_dict(merged_by_hand(reference.state_dict(), wrapped))
-    wrapped.eval()
-    expected = reference(input_ids=IDS).logits
+    expected = logits(reference)
     assert (expected - before).abs().max() > 0.1
-    torch.testing.assert_close(wrapped(input_ids=IDS).logits, expected, rtol=0, atol=2e-5)
-    tolerance = 3e-2 if kind == "llm.int8" else 2e-5
-    torch.testing.assert_close(logits(wrapped), expected, rtol=0, atol=tolerance)
+    training = wrapped.train()(input_ids=IDS).logits
+    torch.testing.assert_close(training, expected, rtol=0, atol=2e-5)
+    tolerance = ROUNDED if kind == "llm.int8" else 2e-5
+    torch.testing.assert_close(logits(wrapped.eval()), expected, rtol=0, atol=tolerance)
 
 
 def trained(model: nn.Module, weights: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -275,12 +286,14 @@ def test_merging_dequantizes_the_merged_layers(tiny_model, tmp_path, model_type,
 
     merged = wrapped.merge_and_unload(safe_merge=True)
 
-    tolerance = 3e-2 if kind == "llm.int8" else 1e-5
+    tolerance = ROUNDED if kind == "llm.int8" else 1e-5
     torch.testing.assert_close(logits(merged), before, rtol=0, atol=tolerance)
     kinds = {name: type(merged.get_submodule(name)) for name in names}
     assert set(kinds.values()) == {nn.Linear}
     for name, vector in by_name.items():
-        chosen = torch.from_numpy(choose(model, modules=["up"])[name.removeprefix("base_model.model.")])
+        chosen = torch.from_numpy(
+            choose(model, modules=["up"])[name.removeprefix("base_model.model.")]
+        )
         weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
         assert torch.equal(weight[chosen], vector)
 
@@ -293,7 +306,8 @@ def test_a_merged_model_is_saved_and_loaded(tiny_model, tmp_path, kind):
     merged = wrapped.eval().merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert isinstance(loaded.lm_head, nn.Linear)
+    keep_format(loaded)
+    assert type(loaded.lm_head) is nn.Linear
     assert torch.equal(logits(loaded), logits(merged))
 
 
@@ -338,7 +352,7 @@ def test_becomes_lora(tiny_model, tmp_path):
 
 @repacks
 def test_repacked_weights_are_refused(tiny_model, tmp_path):
-    model = tiny_model(hidden_size=64, intermediate_size=64)
+    model = tiny_model(hidden_size=64, intermediate_size=64, num_key_value_heads=4, head_dim=16)
     base = quantized(model, tmp_path, "nf4").eval()
     logits(base)
     with pytest.raises(UsageError, match="repack its 4-bit weights"):

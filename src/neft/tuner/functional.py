@@ -161,8 +161,8 @@ def overlay(
     """The output of a layer with trained neurons, from its output without its chosen columns.
 
     For weights that cannot be written (offloaded, quantized, compiled into a graph): rows replace their
-    outputs, columns add what they write. Costs about the share of chosen neurons more than the layer alone, and
-    rounds differently from ``write_through`` in the last bits.
+    outputs, columns add what they write. Costs about the share of chosen neurons more than the layer
+    alone, and rounds differently from ``write_through`` in the last bits.
 
     Args:
         y: output of the untouched layer for ``without_columns(x)``, ``[..., O]``.

@@ -328,7 +328,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             return F.linear(x, weight, None if bias is None else bias.to(dtype))
 
         resident = ResidentLayer(load, run, transposed=False)
-        return write_through(x.to(dtype), base_layer.bias, resident, selections, vectors).to(x.dtype)
+        return write_through(x.to(dtype), base_layer.bias, resident, selections, vectors).to(
+            x.dtype
+        )
 
     def _forward_overlay(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         if self._resident:
@@ -375,8 +377,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if is_quantized(self._base):
             raise UsageError(
                 f"{self.name}: its quantized weight cannot hold the vectors of {names} unrounded. "
-                "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit base, run "
-                "neft merge ADAPTER --base MODEL."
+                "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit base, "
+                "run neft merge ADAPTER --base MODEL."
             )
         together = (*self.merged_adapters, *names)
         self._check_disjoint(together)
@@ -401,7 +403,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         """Put a plain layer of the same values in the place of a quantized one.
 
         Args:
-            dtype: of its weight; default: that from which it was quantized, float32 where that is not known.
+            dtype: of its weight; default: that from which it was quantized, or float32 if nobody knows.
         """
         base_layer = self._base
         weight = dequantized(base_layer).to(dtype)
@@ -491,9 +493,9 @@ def check_supported(layer: nn.Module, name: str) -> None:
     bypassed = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if not (plain or is_quantized(layer)) or bypassed:
         raise ArchitectureError(
-            f"{name}: NeFT can train neurons of torch.nn.Linear, transformers' Conv1D and layers quantized "
-            f"by bitsandbytes or torchao, this layer is a {kind.__module__}.{kind.__qualname__}. Choose "
-            "other modules."
+            f"{name}: NeFT can train neurons of torch.nn.Linear, transformers' Conv1D and layers that "
+            "bitsandbytes or torchao quantized, this layer is a "
+            f"{kind.__module__}.{kind.__qualname__}. Choose other modules."
         )
 
 

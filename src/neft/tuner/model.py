@@ -104,22 +104,22 @@ class NeftModel(BaseTuner):
             )
         return tensors
 
-    def _unload_and_optionally_merge(
+    def merge_and_unload(
         self,
-        merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            self._dequantize_merged(adapter_names)
-        plain: nn.Module = super()._unload_and_optionally_merge(
-            merge, progressbar, safe_merge, adapter_names
-        )
+        """The model with the vectors in its weights, without PEFT.
+
+        Quantized layers that get some become plain ones of the model's dtype: quantized again, the weight
+        would hold the vectors rounded to 4 or 8 bits.
+        """
+        self._dequantize_merged(adapter_names)
+        plain: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return plain
 
     def _dequantize_merged(self, adapter_names: list[str] | None) -> None:
-        """Quantized layers that vectors are merged into become plain ones, in the model's dtype."""
         names = []
         for name, layer in neft_layers(self.model):
             if not is_quantized(layer.get_base_layer()):
@@ -165,8 +165,8 @@ def _check_fits(neurons: NeuronSet, model: nn.Module) -> None:
         expected = _logical_shape(neurons.projections[name])
         if found != expected:
             raise NeuronError(
-                f"{name}: the weight has shape {found}, but the neurons were chosen in one of {expected}. "
-                "The set was made for another model."
+                f"{name}: the weight has shape {found}, but the neurons were chosen in one of "
+                f"{expected}. The set was made for another model."
             )
 
 

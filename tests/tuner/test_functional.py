@@ -66,7 +66,7 @@ def test_write_through_equals_a_dense_weight(axis, transposed, with_bias):
             chosen.write(frozen, vectors)
         return frozen
 
-    layer = ResidentLayer(load, lambda x: product(x, frozen, bias, transposed), transposed)
+    layer = ResidentLayer(load, lambda x, weight: product(x, weight, bias, transposed), transposed)
     y = write_through(x, bias, layer, [chosen], [vectors])
     torch.testing.assert_close(y, expected)
     # Whatever uses the shared weight before the backward pass must not matter.
@@ -112,7 +112,7 @@ def test_vectors_changed_between_forward_and_backward_are_refused():
     x, weight, vectors, _ = tensors(Axis.ROW, False, False)
     vectors.requires_grad_()
     chosen = selection(Axis.ROW, False)
-    layer = ResidentLayer(lambda: weight, lambda x: x @ weight.T, transposed=False)
+    layer = ResidentLayer(lambda: weight, lambda x, weight: x @ weight.T, transposed=False)
     y = write_through(x, None, layer, [chosen], [vectors])
     with torch.no_grad():
         vectors.add_(1.0)

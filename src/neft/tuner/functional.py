@@ -47,9 +47,9 @@ class ResidentLayer:
     """A linear layer whose weight can be made to hold the trained vectors."""
 
     load: Callable[[], Tensor]
-    """Write the vectors into the stored weight and return it."""
-    run: Callable[[Tensor], Tensor]
-    """The layer's own forward pass."""
+    """The weight as it is stored, with the vectors written into it."""
+    run: Callable[[Tensor, Tensor], Tensor]
+    """The layer's own forward pass, of an input and the weight that ``load`` returned."""
     transposed: bool
     """The weight is stored as ``[I, O]``."""
 
@@ -71,8 +71,7 @@ class _WriteThrough(torch.autograd.Function):
         selections: Sequence[Selection],
         *vectors: Tensor,
     ) -> Tensor:
-        layer.load()
-        y = layer.run(x)
+        y = layer.run(x, layer.load())
         ctx.layer = layer
         ctx.selections = selections
         ctx.input_dtype = x.dtype
@@ -132,7 +131,7 @@ def write_through(
     selections: Sequence[Selection],
     vectors: Sequence[Tensor],
 ) -> Tensor:
-    """``layer.run(x)`` with the vectors in the layer's weight; differentiable in x, bias, vectors.
+    """The layer's output with the vectors in its weight; differentiable in x, bias, vectors.
 
     Args:
         x: input ``[..., I]``.
@@ -166,9 +165,9 @@ def overlay(
 ) -> Tensor:
     """The output of a layer with trained neurons, from its output without its chosen columns.
 
-    For weights that cannot be written (offloaded, compiled into a graph): rows replace their outputs,
-    columns add what they write. Costs about the share of chosen neurons more than the layer alone, and
-    rounds differently from ``write_through`` in the last bits.
+    For weights that cannot be written (offloaded, quantized, compiled into a graph): rows replace their
+    outputs, columns add what they write. Costs about the share of chosen neurons more than the layer
+    alone, and rounds differently from ``write_through`` in the last bits.
 
     Args:
         y: output of the untouched layer for ``without_columns(x)``, ``[..., O]``.
@@ -176,7 +175,8 @@ def overlay(
         bias: its bias ``[O]``.
         selection: which neurons.
         vectors: trained neurons ``[K, L]``.
-        dtype: of the layer's weight, which would hold the vectors rounded to it; so does the overlay.
+        dtype: of the weight that the layer multiplies by, which would hold the vectors rounded to it; so
+            does the overlay.
     """
     vectors = vectors.to(dtype).to(y.dtype)
     if selection.axis is Axis.COLUMN:

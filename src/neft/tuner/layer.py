@@ -4,6 +4,9 @@ The layer *writes through*: it puts the trained vectors into the frozen base wei
 layer itself, so a forward pass costs what the base costs. The base weight is shared by all adapters
 and by the untouched model, so the layer keeps a record of whose vectors are *resident* in it, and the
 original values that they displaced, to put back.
+
+A quantized base weight cannot hold them: training dequantizes it, one layer at a time, and writes through
+that; inference runs the quantized layer and *overlays* the vectors on its output.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from neft.errors import ArchitectureError, NeuronError, UsageError
 from neft.neurons import Axis, Indices, Projection
+from neft.quantized import compute_dtype, dequantized, is_quantized
 from neft.tuner.functional import ResidentLayer, Selection, overlay, without_columns, write_through
 
 
@@ -71,7 +76,7 @@ class NeuronIndices(BufferDict):
 
 
 class NeftLinear(nn.Module, BaseTunerLayer):
-    """Wraps ``nn.Linear`` or ``Conv1D``; see the module's docstring.
+    """Wraps ``nn.Linear``, ``Conv1D`` or a quantized layer; see the module's docstring.
 
     The base weight read directly (``base_layer.weight``) is what the last forward pass used; through
     ``state_dict()`` it is always the original one. In evaluation the vectors are written once and again
@@ -90,7 +95,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        self.in_features, self.out_features = _features(self._base)
+        self.in_features, self.out_features = features(self._base)
         self.neft_vectors = nn.ModuleDict()
         self.neft_indices = NeuronIndices()
         self.neft_projections: dict[str, Projection] = {}
@@ -131,7 +136,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def _selection(self, adapter_name: str) -> Selection:
         projection = self.neft_projections[adapter_name]
-        return Selection(projection.axis, projection.neuron_dim, self.neft_indices[adapter_name])
+        # As the weight is stored here: a Conv1D becomes a Linear when it is quantized.
+        neuron_dim = int((projection.axis is Axis.COLUMN) != isinstance(self._base, Conv1D))
+        return Selection(projection.axis, neuron_dim, self.neft_indices[adapter_name])
 
     def _vectors(self, adapter_name: str) -> Tensor:
         vectors = self.neft_vectors[adapter_name].weight
@@ -220,7 +227,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _original_weight(self) -> Tensor:
-        """The base weight without vectors; a copy if it holds some."""
+        """The base weight without vectors; a copy if it holds some, or is quantized."""
+        if is_quantized(self._base):
+            return dequantized(self._base)
         weight: Tensor = self._base.weight.detach()
         if self._resident:
             weight = weight.clone()
@@ -239,14 +248,16 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         names = self._active()
         if torch.is_grad_enabled():
             self._prepare_training(names)
-        if self._unwritable():
+        if self._out_of_reach():
             return self._forward_overlay(x, names)
+        if is_quantized(self._base):
+            return self._forward_quantized(x, names)
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
         self._load(names, _EVALUATION)
         return self._run(x)
 
-    def _unwritable(self) -> bool:
+    def _out_of_reach(self) -> bool:
         """The base weight must be left alone: it is offloaded, or part of a graph being compiled."""
         return torch.compiler.is_compiling() or self._base.weight.is_meta
 
@@ -286,9 +297,39 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         return write_through(
             x,
             base_layer.bias,
-            ResidentLayer(load, self._run, transposed=isinstance(base_layer, Conv1D)),
+            ResidentLayer(
+                load, lambda x, _: self._run(x), transposed=isinstance(base_layer, Conv1D)
+            ),
             [self._selection(name) for name in names],
             [self._vectors(name) for name in names],
+        )
+
+    def _forward_quantized(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        if not names:
+            return self._run(x)
+        if not torch.is_grad_enabled():
+            return self._forward_overlay(x, names)
+        self._check_disjoint(names)
+        base_layer = self._base
+        selections = [self._selection(name) for name in names]
+        vectors = [self._vectors(name) for name in names]
+        dtype = compute_dtype(base_layer, x)
+
+        @torch.no_grad()
+        def load() -> Tensor:
+            # Again in the backward pass: kept from the forward pass, it would cost what quantizing saves.
+            weight = dequantized(base_layer).to(dtype)
+            for selection, values in zip(selections, vectors, strict=True):
+                selection.write(weight, values)
+            return weight
+
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            bias = base_layer.bias
+            return F.linear(x, weight, None if bias is None else bias.to(dtype))
+
+        resident = ResidentLayer(load, run, transposed=False)
+        return write_through(x.to(dtype), base_layer.bias, resident, selections, vectors).to(
+            x.dtype
         )
 
     def _forward_overlay(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -296,6 +337,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._restore()
         self._check_disjoint(names)
         base_layer = self._base
+        quantized = is_quantized(base_layer)
+        dtype = compute_dtype(base_layer, x) if quantized else base_layer.weight.dtype
         selections = [self._selection(name) for name in names]
         y = self._run(without_columns(x, selections))
         for name, selection in zip(names, selections, strict=True):
@@ -314,7 +357,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                     f"{self.name}: the bias of trained rows is offloaded to the meta device, where it "
                     "cannot be read. Keep this module in memory by the device map."
                 )
-            y = overlay(y, x, base_layer.bias, selection, vectors, base_layer.weight.dtype)
+            y = overlay(y, x, base_layer.bias, selection, vectors, dtype)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -331,6 +374,12 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         ]
         if not names:
             return
+        if is_quantized(self._base):
+            raise UsageError(
+                f"{self.name}: its quantized weight cannot hold the vectors of {names} unrounded. "
+                "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit base, "
+                "run neft merge ADAPTER --base MODEL."
+            )
         together = (*self.merged_adapters, *names)
         self._check_disjoint(together)
         for name in names if safe_merge else ():
@@ -349,6 +398,19 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             return
         self._restore()
         self.merged_adapters.clear()
+
+    def dequantize(self, dtype: torch.dtype | None) -> None:
+        """Put a plain layer of the same values in the place of a quantized one.
+
+        Args:
+            dtype: of its weight; default: that from which it was quantized, or float32 if nobody knows.
+        """
+        base_layer = self._base
+        weight = dequantized(base_layer).to(dtype)
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = base_layer.bias
+        self.base_layer = plain.train(base_layer.training)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -369,7 +431,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The weight that a forward pass would use now (some models read it directly)."""
-        if self.merged or self._unwritable():
+        if self.merged or self._out_of_reach() or is_quantized(self._base):
             weight: Tensor = self._base.weight
             return weight
         return self._load(self._active(), user=object())
@@ -419,7 +481,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
 
 def check_supported(layer: nn.Module, name: str) -> None:
-    """Only layers whose whole forward pass is the product with ``weight``, plus ``bias``.
+    """Only layers whose whole forward pass is the product with a weight, quantized or not, plus ``bias``.
 
     Raises:
         ArchitectureError: any other layer.
@@ -429,10 +491,11 @@ def check_supported(layer: nn.Module, name: str) -> None:
     plain = isinstance(layer, Conv1D) or getattr(kind, "forward", None) is nn.Linear.forward
     # MultiheadAttention reads the weight of its out_proj and never calls it.
     bypassed = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if not plain or bypassed:
+    if not (plain or is_quantized(layer)) or bypassed:
         raise ArchitectureError(
-            f"{name}: NeFT can train neurons of torch.nn.Linear and transformers' Conv1D, this layer is "
-            f"a {kind.__module__}.{kind.__qualname__}. Choose other modules."
+            f"{name}: NeFT can train neurons of torch.nn.Linear, transformers' Conv1D and layers that "
+            "bitsandbytes or torchao quantized, this layer is a "
+            f"{kind.__module__}.{kind.__qualname__}. Choose other modules."
         )
 
 
@@ -443,7 +506,7 @@ def _is_master(dtype: torch.dtype) -> bool:
     return torch.promote_types(dtype, torch.float32) == dtype
 
 
-def _features(layer: nn.Linear | Conv1D) -> tuple[int, int]:
+def features(layer: nn.Linear | Conv1D) -> tuple[int, int]:
     """Number of input and output features."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf

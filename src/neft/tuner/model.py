@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from neft.errors import AdapterError, NeuronError, UsageError
 from neft.neurons import NeuronSet, Projection
+from neft.quantized import check_gradients_pass, is_quantized, keep_format, keep_plain
 from neft.tuner.config import NeftConfig
 from neft.tuner.experts import NeftExperts, check_experts_supported
-from neft.tuner.layer import NeftLinear, check_supported, neft_layers
+from neft.tuner.layer import NeftLinear, check_supported, features, neft_layers
 from neft.tuner.registration import PREFIX
 
 
@@ -33,6 +34,9 @@ class NeftModel(BaseTuner):
         neurons = peft_config.resolve(self.model)
         _check_fits(neurons, self.model)
         _check_alone(neurons, self.model, peft_config.modules_to_save or [])
+        keep_format(self.model)
+        if not peft_config.inference_mode:
+            check_gradients_pass(self.model)
         return peft_config
 
     @staticmethod
@@ -114,6 +118,31 @@ class NeftModel(BaseTuner):
             )
         return tensors
 
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """The model with the vectors in its weights, without PEFT.
+
+        Quantized layers that get some become plain ones of the model's dtype: quantized again, the weight
+        would hold the vectors rounded to 4 or 8 bits.
+        """
+        self._dequantize_merged(adapter_names)
+        plain: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        return plain
+
+    def _dequantize_merged(self, adapter_names: list[str] | None) -> None:
+        names = []
+        for name, layer in neft_layers(self.model):
+            if not is_quantized(layer.get_base_layer()):
+                continue
+            if any(n in layer.neft_vectors for n in check_adapters_to_merge(layer, adapter_names)):
+                layer.dequantize(getattr(self.model, "dtype", None))
+                names.append(_plain_name(name))
+        keep_plain(self.model, names)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT runs every forward pass inside this; it is where other methods mix adapters in a batch."""
@@ -152,10 +181,13 @@ def _check_fits(neurons: NeuronSet, model: nn.Module) -> None:
         layer = _plain_layer(modules[name])
         if projections[0].expert is None:
             check_supported(layer, name)
+            # Of a quantized weight, which is packed, only the layer's sizes tell.
+            num_inputs, num_outputs = features(layer)
+            _check_sizes(projections[0], (num_outputs, num_inputs))
         else:
             check_experts_supported(layer, modules.get(name.rpartition(".")[0]), name)
-        for projection in projections:
-            _check_shape(projection, layer)
+            for projection in projections:
+                _check_expert(projection, layer)
 
 
 def _plain_layer(module: nn.Module) -> nn.Module:
@@ -165,14 +197,33 @@ def _plain_layer(module: nn.Module) -> nn.Module:
     return module
 
 
-def _check_shape(projection: Projection, layer: nn.Module) -> None:
+def _check_sizes(projection: Projection, found: tuple[int, int]) -> None:
+    """``found``: outputs and inputs of the layer."""
+    expected = _logical_shape(projection)
+    if found != expected:
+        raise _other_shape(projection, found, expected)
+
+
+def _check_expert(projection: Projection, experts: nn.Module) -> None:
     attribute = projection.parameter.removeprefix(f"{projection.module}.")
-    shape = tuple(getattr(layer, attribute).shape)
+    shape = tuple(getattr(experts, attribute).shape)
     if not projection.fits(shape):
-        raise NeuronError(
-            f"{projection.name}: the weight has shape {shape}, but the neurons were chosen "
-            f"in one of {projection.weight_shape}. The set was made for another model."
-        )
+        raise _other_shape(projection, shape, projection.weight_shape)
+
+
+def _other_shape(
+    projection: Projection, found: tuple[int, ...], expected: tuple[int, ...]
+) -> NeuronError:
+    return NeuronError(
+        f"{projection.name}: the weight has shape {found}, but the neurons were chosen in one of "
+        f"{expected}. The set was made for another model."
+    )
+
+
+def _logical_shape(projection: Projection) -> tuple[int, int]:
+    """Number of outputs and inputs."""
+    shape = projection.weight_shape
+    return (shape[1], shape[0]) if projection.transposed else shape
 
 
 def _check_alone(neurons: NeuronSet, model: nn.Module, modules_to_save: list[str]) -> None:

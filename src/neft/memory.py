@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from neft.errors import NeftError, OutOfMemoryError
+from neft.errors import OutOfMemoryError
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -105,19 +105,18 @@ def naming_shortage(place: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, NeftError) or not is_shortage(error):
+        if not is_shortage(error):
             raise
         # Its frames hold what filled the memory, and whoever explains the error needs some.
         traceback.clear_frames(error.__traceback__)
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise OutOfMemoryError(f"{place()}: memory ran out ({reason})") from error
+        raise OutOfMemoryError(f"{place()}: {told_shortage(error)}") from error
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error is a failed allocation."""
+    """Whether an error is a failed allocation, of Python, the system, torch or the accelerator."""
     import torch
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -126,3 +125,11 @@ def is_shortage(error: BaseException) -> bool:
 
 
 _TOLD = ("can't allocate memory", "Cannot allocate memory", "could not create a memory object")
+
+
+def told_shortage(error: BaseException) -> str:
+    """What to tell of a failed allocation."""
+    if isinstance(error, OutOfMemoryError):
+        return str(error)
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"memory ran out ({reason})"

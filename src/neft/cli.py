@@ -151,6 +151,47 @@ def compare(
 
 
 @_command
+def estimate(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Take a few training steps, where weights and data are here: seconds a step, and the "
+            "memory beside its estimate. Default: for a single run.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run or a comparison will take, stage by stage: memory, disk, seconds a step.
+
+    Trains nothing that is kept; without calibration, no weights are read.
+    """
+    from neft.comparison.schema import is_comparison, load_comparison
+    from neft.recipe import load_recipe, read_fields
+
+    if is_comparison(read_fields(recipe, settings or ())):
+        from neft.comparison.estimate import estimate_rows
+        from neft.console import show_row_estimates
+
+        rows = estimate_rows(load_comparison(recipe, settings or ()), calibrate=bool(calibrate))
+        if as_json:
+            print_json([asdict(row) for row in rows])
+        else:
+            show_row_estimates(rows)
+        return
+    from neft.console import show_estimates
+    from neft.pipeline.estimate import estimate
+
+    stages = estimate(load_recipe(recipe, settings or ()), calibrate=calibrate is not False)
+    if as_json:
+        print_json([asdict(stage) for stage in stages])
+    else:
+        show_estimates(stages)
+
+
+@_command
 def validate(
     recipes: Annotated[
         list[Path],

@@ -25,10 +25,12 @@ from neft.pipeline.status import StageStatus
 
 if TYPE_CHECKING:
     from neft.analysis.table import Table as DiffTable
+    from neft.comparison.estimate import RowEstimate
     from neft.comparison.outline import Outline
     from neft.comparison.publish import Compared
     from neft.comparison.results import RowResult
     from neft.comparison.status import RowStatus
+    from neft.pipeline.estimate import StageEstimate
     from neft.pipeline.extract import Extraction
 
 # Wide enough for a signature or a path; a terminal has its own width.
@@ -156,6 +158,85 @@ def show_outline(outlines: Sequence[Outline]) -> None:
         "on top.",
         soft_wrap=True,
     )
+
+
+def show_estimates(stages: Sequence[StageEstimate]) -> None:
+    """One row a stage."""
+    console = _stdout()
+    console.print(_estimates({stage.stage: stage for stage in stages}))
+    _show_notes(console, stages)
+
+
+def show_row_estimates(rows: Sequence[RowEstimate]) -> None:
+    """A table a task, one row a method; its warm-ups first."""
+    console = _stdout()
+    for task in dict.fromkeys(row.task for row in rows):
+        of_task = [row for row in rows if row.task == task]
+        named = {
+            f"warmup: {row.row}" if row.estimate.stage == "warmup" else row.row: row.estimate
+            for row in of_task
+        }
+        console.print(_estimates(named, title=task))
+    _show_notes(console, [row.estimate for row in rows])
+
+
+def _estimates(stages: Mapping[str, StageEstimate], title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", collapse_padding=True)
+    table.add_column("" if title is None else "row")
+    rows = {name: _estimate_row(stage) for name, stage in stages.items()}
+    columns = next(iter(rows.values()))
+    # What no stage has, as nothing was measured, say, would only take room.
+    told = [
+        column
+        for column in columns
+        if column in _ALWAYS or any(row[column] != "-" for row in rows.values())
+    ]
+    for column in told:
+        table.add_column(
+            column,
+            justify="left" if column == "method" else "right",
+            style="bold" if column == "peak" else "",
+        )
+    for name, row in rows.items():
+        table.add_row(name, *(row[column] for column in told))
+    return table
+
+
+_ALWAYS = ("s a step",)
+
+
+def _estimate_row(stage: StageEstimate) -> dict[str, str]:
+    memory = stage.memory
+    sizes = {
+        "weights": memory.weights,
+        "vectors": memory.vectors,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activa-\ntions": memory.activations + memory.loss,
+        "process": stage.process_bytes,
+        "peak": stage.peak_bytes,
+        "measured": stage.measured_peak_bytes,
+        "disk": stage.disk_bytes,
+    }
+    trained, seconds = stage.num_trainable, stage.seconds_per_step
+    return (
+        {"method": stage.method, "trained": "-" if trained is None else f"{trained / 1e6:.1f}M"}
+        | {name: size(num_bytes) if num_bytes else "-" for name, num_bytes in sizes.items()}
+        | {
+            "steps": "-" if stage.num_steps is None else f"{stage.num_steps:,}",
+            "s a step": "-" if seconds is None else f"{seconds:.2f}",
+        }
+    )
+
+
+def _show_notes(console: Console, stages: Sequence[StageEstimate]) -> None:
+    console.print(
+        "Peak: at the worst moment of the largest batch. Activations include the loss; process is what "
+        "Python and its libraries hold. Disk: while the stage runs, at most.",
+        soft_wrap=True,
+    )
+    for note in dict.fromkeys(stage.note for stage in stages if stage.note):
+        console.print(f"Assumed: {note}.", soft_wrap=True)
 
 
 def show_comparison(compared: Compared) -> None:

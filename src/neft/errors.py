@@ -8,8 +8,9 @@
     │   ├── ArchitectureError    a model whose projections cannot be found
     │   ├── CheckpointError      a checkpoint that is missing, torn or does not match
     │   └── AdapterError         an adapter folder that is missing, torn or does not match
-    └── RunError             a run that broke down: too little memory, a stage that failed
-        └── DivergenceError      a loss or gradient that is not finite
+    └── RunError             a run that broke down: a stage that failed, a folder in use
+        ├── DivergenceError      a loss or gradient that is not finite
+        └── OutOfMemoryError     too little memory, of the device or of the machine
 
 Messages name the place, the value found there, and the remedy.
 """
@@ -57,3 +58,7 @@ class RunError(NeftError):
 
 class DivergenceError(RunError):
     """A loss or gradient is not finite."""
+
+
+class OutOfMemoryError(RunError):
+    """The device, or the machine, has too little memory."""

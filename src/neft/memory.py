@@ -1,14 +1,22 @@
-"""The most memory that training has used: on the accelerator where there is one, else of the process."""
+"""Memory that is used and that there is: of the accelerator if there is one, else of the machine."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from neft.errors import OutOfMemoryError
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
+_MACHINE = Path("/proc/meminfo")
 # What the kernel understands as: forget the highest use so far (proc(5)).
 _FORGET_PEAK = "5"
 
@@ -43,10 +51,85 @@ def peak_memory() -> int | None:
         return torch.cuda.max_memory_allocated()
     if not _can_reset():
         return None
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    found = next(line for line in lines if line.startswith("VmHWM:"))
-    return int(found.split()[1]) * 1024
+    return _kilobytes(_STATUS, "VmHWM") * 1024
+
+
+def resident_memory() -> int | None:
+    """Bytes that this process holds now, whatever for; ``None`` on platforms that cannot tell."""
+    return _kilobytes(_STATUS, "VmRSS") * 1024 if _STATUS.is_file() else None
+
+
+@dataclass(frozen=True)
+class Available:
+    """The memory that training has, in bytes."""
+
+    place: str
+    """``GPU`` or ``machine``."""
+    total: int
+    free: int
+
+
+def available_memory() -> Available | None:
+    """Of the accelerator if there is one, else of the machine; ``None`` on platforms that cannot tell."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return Available("GPU", total, free)
+    if not _MACHINE.is_file():
+        return None
+    total, free = (_kilobytes(_MACHINE, name) * 1024 for name in ("MemTotal", "MemAvailable"))
+    return Available("machine", total, free)
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    lines = file.read_text(encoding="ascii").splitlines()
+    found = next(line for line in lines if line.startswith(f"{name}:"))
+    return int(found.split()[1])
 
 
 def _can_reset() -> bool:
     return os.access(_RESET, os.W_OK)
+
+
+@contextmanager
+def naming_shortage(place: Callable[[], str]) -> Iterator[None]:
+    """Turn a failed allocation, whoever's, into one kind of error.
+
+    Args:
+        place: what was being done, for the message.
+
+    Raises:
+        OutOfMemoryError: an allocation failed within ``with``.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        # Its frames hold what filled the memory, and whoever explains the error needs some.
+        traceback.clear_frames(error.__traceback__)
+        raise OutOfMemoryError(f"{place()}: {told_shortage(error)}") from error
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error is a failed allocation, of Python, the system, torch or the accelerator."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # What torch raises where the CPU has no more has no type of its own.
+    return isinstance(error, RuntimeError) and any(told in str(error) for told in _TOLD)
+
+
+_TOLD = ("can't allocate memory", "Cannot allocate memory", "could not create a memory object")
+
+
+def told_shortage(error: BaseException) -> str:
+    """What to tell of a failed allocation."""
+    if isinstance(error, OutOfMemoryError):
+        return str(error)
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"memory ran out ({reason})"

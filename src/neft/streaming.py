@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neft.batching import batches_by_length
-from neft.errors import ArchitectureError, DataError, RunError
+from neft.errors import ArchitectureError, DataError, OutOfMemoryError, RunError
 from neft.projections import as_module, find_projections
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _read(model: Any, batch: Batch) -> None:
     try:
         stack(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
     except torch.OutOfMemoryError as error:
-        raise RunError(
+        raise OutOfMemoryError(
             f"The device has too little memory for {len(batch.texts)} texts of up to "
             f"{batch.mask.shape[1]} tokens at once. Lower the batch size."
         ) from error

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neft.comparison.schema import Comparison, MethodEntry
-from neft.errors import UsageError
+from neft.pipeline.estimate import network_of
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.pipeline.stages import needs_neurons
-from neft.projections import as_module
-from neft.recipe import ModelSection
 from neft.sft.counting import memory_bytes, num_trainable
 
 if TYPE_CHECKING:
@@ -48,21 +45,6 @@ def outline(comparison: Comparison) -> list[Outline]:
     """
     network = network_of(comparison.model)
     return [_outline(comparison, network, task, entry) for task, entry in comparison.first_cells()]
-
-
-def network_of(model: ModelSection) -> nn.Module:
-    """The modules of a model without weights: of the checkpoint, else of ``model.config``.
-
-    Raises:
-        UsageError: neither can be read.
-    """
-    folder = Path(model.path).expanduser()
-    if model.config is not None and not folder.is_dir():
-        config = Path(model.config).expanduser()
-        if not config.is_file():
-            raise UsageError(f"model.config: {model.config}: no such file.")
-        return as_module(config)
-    return as_module(folder if folder.is_dir() else model.path)
 
 
 def _outline(comparison: Comparison, network: nn.Module, task: str, entry: MethodEntry) -> Outline:

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING
 from neft.comparison.cells import Failure, Job, stage_of
 from neft.errors import DataError, DivergenceError, NeftError
 from neft.pipeline.run import bring_to_finish
+from neft.pipeline.shortage import explain_shortage
 from neft.pipeline.store import StageFolder
+from neft.recipe import Recipe
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -109,7 +111,7 @@ class Workers:
             failure: Failure | None = connection.recv()
         except (EOFError, OSError):
             worker.process.join()
-            failure = Failure(_death(worker.process.exitcode), is_divergence=False)
+            failure = Failure(_death(worker.process.exitcode, job), is_divergence=False)
             del self._workers[worker.slot]
         worker.job = None
         return Outcome(job, time.perf_counter() - worker.started, failure)
@@ -165,9 +167,10 @@ def _share(slot: int, num_workers: int) -> _Share:
     return _Share()
 
 
-def _death(exit_code: int | None) -> str:
+def _death(exit_code: int | None, job: Job) -> str:
     if exit_code == -signal.SIGKILL:
-        return "its process was killed, as a rule because memory ran out"
+        killed = "its process was killed, as a rule because memory ran out"
+        return f"{killed}\n{explain_shortage(Recipe.model_validate(job.recipe), job.stage)}"
     if exit_code is not None and exit_code < 0:
         return f"its process died of {signal.Signals(-exit_code).name}"
     return f"its process ended with exit code {exit_code}"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from neft.batching import batches_by_length
-from neft.errors import DataError, RunError
+from neft.errors import DataError, OutOfMemoryError
 from neft.recipe import EvaluateSection
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _continue(
                 generation_config=config,
             )
         except torch.OutOfMemoryError as error:
-            raise RunError(
+            raise OutOfMemoryError(
                 f"The device has too little memory for {len(prompts)} prompts of up to {longest} tokens "
                 "at once. Lower evaluate.batch_size."
             ) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neft.batching import batches_by_length
-from neft.errors import DataError, RunError
+from neft.errors import DataError, OutOfMemoryError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,7 @@ def _sums_of_losses(
                 for row, ids in enumerate(texts)
             ]
         except torch.OutOfMemoryError as error:
-            raise RunError(
+            raise OutOfMemoryError(
                 f"The device has too little memory for {len(texts)} texts of up to {longest} tokens at "
                 "once. Lower evaluate.batch_size."
             ) from error

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from neft.errors import UsageError
-from neft.memory import release_free_memory
+from neft.errors import OutOfMemoryError, UsageError
+from neft.memory import naming_shortage, release_free_memory
 from neft.pipeline.evaluate import Evaluation, read_evaluation
 from neft.pipeline.prepare import recipe_of
 from neft.pipeline.results import RESULTS, Results, read_results, trained_artifact
@@ -175,6 +175,9 @@ def bring_to_finish(
         folder: its place.
         inputs: the finished folder of each stage that it reads.
         say: is told what happens.
+
+    Raises:
+        OutOfMemoryError: names the stage, its estimate by part, and what helps.
     """
     record = folder.finished()
     if record is not None and record.fingerprint == planned.fingerprint and not record.released:
@@ -187,10 +190,13 @@ def bring_to_finish(
     release_free_memory()
     start = time.perf_counter()
     try:
-        stage.run(folder.working, inputs)
-    except BaseException:
+        with naming_shortage(lambda: stage.name):
+            stage.run(folder.working, inputs)
+    except BaseException as error:
         if not (stage.resumable and folder.has_progress()):
             folder.discard_working()
+        if isinstance(error, OutOfMemoryError) and stage.on_shortage is not None:
+            raise OutOfMemoryError(f"{error}\n{stage.on_shortage()}") from error
         raise
     record = folder.finish(record, time.perf_counter() - start)
     say(f"{stage.name}: done, in {duration(record.seconds)}")

@@ -30,6 +30,8 @@ class Stage:
     derived: bool = False
     """Whether the result is made again in little time from the stages it reads, and so may be replaced
     without asking when the recipe changes."""
+    on_shortage: Callable[[], str] | None = None
+    """Tells what the stage was estimated to take and what lowers that, once memory has run out."""
 
     def fingerprint(self, inputs: Mapping[str, str]) -> str:
         """Hash of all that determines the result.

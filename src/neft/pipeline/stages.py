@@ -17,6 +17,8 @@ come from a file, without warmup and score; scores of weights that are there alr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -63,7 +65,7 @@ def finding_names(recipe: Recipe) -> list[str]:
 def finding_stages(recipe: Recipe) -> list[Stage]:
     """The stages that find neurons for ``recipe``, in order; errors as in ``stages_of``."""
     content = _Content(recipe)
-    return [_MAKERS[name](recipe, content) for name in finding_names(recipe)]
+    return [_made(name, recipe, content) for name in finding_names(recipe)]
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -75,7 +77,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         NeuronError: a file of a neuron set that is missing or cannot be read.
     """
     content = _Content(recipe)
-    return [_MAKERS[name](recipe, content) for name in stage_names(recipe)]
+    return [_made(name, recipe, content) for name in stage_names(recipe)]
 
 
 def training_stage(name: str, recipe: Recipe, neurons: Path | None) -> Stage:
@@ -89,7 +91,8 @@ def training_stage(name: str, recipe: Recipe, neurons: Path | None) -> Stage:
     def run(working: Path, _inputs: _Folders) -> None:
         _train_on(recipe, chosen, working)
 
-    return Stage(name, 1, ingredients, (), run, resumable=True)
+    stage = Stage(name, 1, ingredients, (), run, resumable=True)
+    return replace(stage, on_shortage=partial(_explain, recipe, "train"))
 
 
 def evaluation_stage(name: str, recipe: Recipe, adapter: Path | None) -> Stage:
@@ -104,7 +107,8 @@ def evaluation_stage(name: str, recipe: Recipe, adapter: Path | None) -> Stage:
         model = load_model(recipe.model)
         evaluate(model if adapter is None else load_adapter(model, adapter), recipe, working)
 
-    return Stage(name, 1, ingredients, (), run)
+    stage = Stage(name, 1, ingredients, (), run)
+    return replace(stage, on_shortage=partial(_explain, recipe, "evaluate"))
 
 
 def analysis_stage(recipe: Recipe) -> Stage:
@@ -336,6 +340,17 @@ _MAKERS: dict[str, Callable[[Recipe, _Content], Stage]] = {
     "evaluate": _evaluate,
     "analysis": _analysis,
 }
+
+
+def _made(name: str, recipe: Recipe, content: _Content) -> Stage:
+    stage = _MAKERS[name](recipe, content)
+    return replace(stage, on_shortage=partial(_explain, recipe, name))
+
+
+def _explain(recipe: Recipe, name: str) -> str:
+    from neft.pipeline.shortage import explain_shortage
+
+    return explain_shortage(recipe, name)
 
 
 def _warm_up(recipe: Recipe, options: WarmupSection, folder: Path) -> None:

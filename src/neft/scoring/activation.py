@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
-from neft.errors import DataError, RunError
+from neft.errors import DataError, OutOfMemoryError, RunError
 from neft.neurons import Axis, NeuronScores, Projection
 from neft.projections import as_module, check_can_be_watched, find_projections
 
@@ -67,7 +67,7 @@ class ActivationSums:
                         use_cache=False,
                     )
                 except torch.OutOfMemoryError as error:
-                    raise RunError(
+                    raise OutOfMemoryError(
                         "The device has too little memory for a batch of "
                         f"{' x '.join(map(str, self._mask.shape))} tokens. Lower batch_size."
                     ) from error

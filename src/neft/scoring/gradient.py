@@ -27,7 +27,8 @@ from torch import Tensor
 
 from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
-from neft.errors import DataError, DivergenceError, RunError
+from neft.errors import DataError, DivergenceError
+from neft.memory import naming_shortage
 from neft.neurons import NeuronScores, Projection
 from neft.projections import find_projections
 from neft.scoring.neuron_vectors import SMALLEST, neuron_vectors
@@ -69,20 +70,15 @@ class GradientSigns:
 
         Raises:
             DivergenceError: a loss or gradient that is not finite.
-            RunError: too little memory on the device.
+            OutOfMemoryError: too little memory.
         """
         with self._watching(model):
             for batch in batches:
-                try:
+                with naming_shortage(lambda: f"batch {self.count + 1}"):
                     value = self._loss(model, batch)
                     if not value.isfinite():
                         raise self._broken(f"the loss is {value.item()}")
                     value.backward()
-                except torch.OutOfMemoryError as error:
-                    raise RunError(
-                        f"Batch {self.count + 1}: the device has too little memory. Lower batch_size, or "
-                        "set gradient_checkpointing."
-                    ) from error
                 self.count += 1
 
     @contextmanager
@@ -176,7 +172,7 @@ def score_by_gradient(
         ArchitectureError: projections that the model does not have.
         DataError: no batches.
         DivergenceError: a loss or gradient that is not finite.
-        RunError: too little memory on the device.
+        OutOfMemoryError: too little memory.
     """
     if not batches:
         raise DataError("There are no batches to read; give at least one.")

@@ -62,6 +62,29 @@ class MeasureSteps(TrainerCallback):
                 state.log_history[-1]["peak_bytes"] = self._peak
 
 
+class StopEarly(TrainerCallback):
+    """Ends training after so many steps, or after the third if that took long enough.
+
+    Args:
+        num_steps: at most.
+        patience: seconds after which no more steps are begun.
+    """
+
+    def __init__(self, num_steps: int, patience: float) -> None:
+        self._num_steps = num_steps
+        self._patience = patience
+
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(
+        self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        is_late = time.perf_counter() - self._begun > self._patience
+        if state.global_step >= (3 if is_late else self._num_steps):
+            control.should_training_stop = True
+
+
 class StopOnSignal(TrainerCallback):
     """Within ``with``: the first SIGINT or SIGTERM ends training after the step, with a checkpoint.
 

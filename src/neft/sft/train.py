@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import statistics
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,12 +26,19 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import neft
-from neft.errors import RunError, UsageError
+from neft.errors import UsageError
 from neft.files import file_identity, write_json
+from neft.memory import naming_shortage
 from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.neurons import NeuronSet
 from neft.recipe import DataSection, LoraSection, ModelSection, TrainingSection
-from neft.sft.callbacks import MeasureSteps, SealCheckpoints, ShowProgress, StopOnSignal
+from neft.sft.callbacks import (
+    MeasureSteps,
+    SealCheckpoints,
+    ShowProgress,
+    StopEarly,
+    StopOnSignal,
+)
 from neft.sft.in_backward import StepInBackward
 from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.prompts import Encoded, load_encoded
@@ -288,17 +296,16 @@ def _train(run: _Run) -> None:
         folders = {step: run.folder / SNAPSHOTS / str(step) for step in run.snapshots}
         for callback in (SealCheckpoints(folders), MeasureSteps(), stop, shown):
             trainer.add_callback(callback)
-        if run.options.in_backward:
-            trainer.add_callback(StepInBackward())
-        try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"Step {trainer.state.global_step + 1}: the device has too little memory. Lower "
-                "batch_size and raise gradient_accumulation, or set gradient_checkpointing."
-            ) from error
+        _take_steps(trainer, run.options, last)
     if stop.stopped:
         raise KeyboardInterrupt
+
+
+def _take_steps(trainer: TargetTrainer, options: TrainingSection, last: Path | None) -> None:
+    if options.in_backward:
+        trainer.add_callback(StepInBackward())
+    with naming_shortage(lambda: f"step {trainer.state.global_step + 1}"):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
 
 
 def _set_up(run: _Run, last: Path | None) -> TargetTrainer:
@@ -472,3 +479,68 @@ def _result(record: Path) -> TrainingResult:
         num_parameters=fields["num_parameters"],
         history=fields["history"],
     )
+
+
+# --- trial ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a few steps took."""
+
+    seconds: list[float]
+    """Of each optimizer step."""
+    peak_memory_bytes: int | None
+    """Of the worst step; ``None`` where nobody can tell."""
+
+
+def try_steps(
+    model: ModelSection,
+    options: TrainingSection,
+    batches: Encoded,
+    *,
+    method: str,
+    neurons: NeuronSet | None = None,
+    lora: LoraSection | None = None,
+    patience: float,
+) -> TrialResult:
+    """Take a few steps of a training run, for their time and memory alone; leaves nothing behind.
+
+    Args:
+        model: the base model.
+        options: as of the run; its length does not count.
+        batches: examples in the order in which they are read, ``options.batch_size`` a batch.
+        method: a key of ``neft.sft.methods.METHODS``.
+        neurons: for methods that train chosen neurons.
+        lora: for method ``lora``; its ``rank`` is resolved.
+        patience: seconds after which no more steps are begun, once there are three.
+
+    Raises:
+        UsageError: input that cannot be used.
+        RunError: a loss or gradient that is not finite, or too little memory.
+    """
+    check_inputs(method, neurons, lora)
+    examples = options.batch_size * options.gradient_accumulation
+    num_steps = len(batches) // examples
+    # One more than there are batches for, so that nothing is evaluated and saved in the end.
+    length = {"steps": num_steps + 1, "epochs": None, "evaluate_every": num_steps + 2}
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        run = _Run(
+            model=model,
+            options=options.model_copy(update=length | {"group_by_length": False, "report_to": ()}),
+            method=method,
+            neurons=neurons,
+            lora=lora,
+            folder=Path(folder),
+            tokenizer=load_tokenizer(model),
+            train=batches,
+            dev=batches,
+        )
+        trainer = _trainer(run, prepare(_base(run, None), method, neurons, lora))
+        trainer.args.train_sampling_strategy = "sequential"
+        for callback in (MeasureSteps(), StopEarly(num_steps, patience)):
+            trainer.add_callback(callback)
+        _take_steps(trainer, options, None)
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    peak = max(entry.get("peak_bytes", 0) for entry in steps) or None
+    return TrialResult([entry["seconds"] for entry in steps], peak)

@@ -73,10 +73,11 @@ class NeuronIndices(BufferDict):
 class NeftLinear(nn.Module, BaseTunerLayer):
     """Wraps ``nn.Linear`` or ``Conv1D``; see the module's docstring.
 
-    The base weight read directly (``base_layer.weight``) is what the last forward pass used; through
-    ``state_dict()`` it is always the original one. In evaluation the vectors are written once and again
-    whenever their version counter or the mode (``train()``, ``eval()``) changes. A write to
-    ``vectors.data`` changes neither: call ``model.eval()`` after one, if no training step comes between.
+    The base weight read directly (``base_layer.weight``) is what the last forward pass used, but where
+    processes work together the original one; through ``state_dict()`` it is always that. In evaluation
+    the vectors are written once and again whenever their version counter or the mode (``train()``,
+    ``eval()``) changes. A write to ``vectors.data`` changes neither: call ``model.eval()`` after one, if
+    no training step comes between.
 
     Args:
         base_layer: the frozen layer, one that ``check_supported`` lets pass.
@@ -187,7 +188,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def _stamp_of(self, names: tuple[str, ...], user: object) -> object:
         """Changes with the vectors and with the weight they are in; None if that cannot be told."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _is_distributed():
             # Sharded weights are gathered anew, maybe at the same address, and count no version.
             return None
         vectors = [self._vectors(name) for name in names]
@@ -202,6 +203,15 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._put_back(self._base.weight)
         self._resident = {}
         self._stamp = None
+
+    def _release(self) -> None:
+        """Put the original values back at once where the weight may be gathered for this use alone.
+
+        Whoever gathers weights (FSDP, ZeRO) decides when they go, or come anew, and does not tell. Kept
+        until then, the originals would also take memory in all layers at a time, in every process.
+        """
+        if _is_distributed():
+            self._restore()
 
     def _is_whole(self) -> bool:
         """The base weight itself is here; a shard (FSDP, ZeRO) or a name on meta never held vectors."""
@@ -244,7 +254,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
         self._load(names, _EVALUATION)
-        return self._run(x)
+        y = self._run(x)
+        self._release()
+        return y
 
     def _unwritable(self) -> bool:
         """The base weight must be left alone: it is offloaded, or part of a graph being compiled."""
@@ -258,7 +270,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                 "of a frozen weight. Set requires_grad of the base weight to False, or train the "
                 "whole layer by modules_to_save instead."
             )
-        for name in names:
+        # What FSDP gathers in 16 bits for a pass comes from shares that keep their dtype.
+        for name in names if not _is_distributed() else ():
             vectors = self._vectors(name)
             if not _is_master(vectors.dtype):
                 warnings.warn(
@@ -286,7 +299,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         return write_through(
             x,
             base_layer.bias,
-            ResidentLayer(load, self._run, transposed=isinstance(base_layer, Conv1D)),
+            ResidentLayer(load, self._run, isinstance(base_layer, Conv1D), self._release),
             [self._selection(name) for name in names],
             [self._vectors(name) for name in names],
         )
@@ -437,6 +450,11 @@ def check_supported(layer: nn.Module, name: str) -> None:
 
 
 _EVALUATION = "evaluation"
+
+
+def _is_distributed() -> bool:
+    """Whether several processes may share the weights."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_master(dtype: torch.dtype) -> bool:

@@ -63,6 +63,10 @@ def _command(function: Callable[Given, None]) -> Callable[Given, None]:
     return app.command()(guarded(function))
 
 
+def _training_command(function: Callable[Given, None]) -> Callable[Given, None]:
+    return app.command()(guarded(function, trains=True))
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from neft import __version__
@@ -92,7 +96,7 @@ def _configure(
         warnings.simplefilter("ignore", FutureWarning)
 
 
-@_command
+@_training_command
 def run(recipe: RecipeFile, settings: Settings = None, overwrite: Overwrite = False) -> None:
     """Find neurons, train them and evaluate: all that a recipe says.
 
@@ -236,7 +240,7 @@ def status(
         show_status(stages)
 
 
-@_command
+@_training_command
 def score(
     before: Annotated[
         str | None, typer.Argument(help="The original checkpoint: a folder or Hub id.")
@@ -418,7 +422,7 @@ def diff(
         show_diff(table)
 
 
-@_command
+@_training_command
 def train(
     recipe: RecipeFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.", show_default=False)],

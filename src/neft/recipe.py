@@ -179,7 +179,7 @@ class TrainingSection(Section):
     steps: Count | None = None
     """Length of the run in optimizer steps."""
     batch_size: Count = 8
-    """Examples a device and step."""
+    """Examples a step and ``gradient_accumulation``; several processes share them."""
     gradient_accumulation: Count = 1
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """AdamW keeps two numbers a trained weight, Adafactor two a row and column of them."""
@@ -494,6 +494,29 @@ class AnalysisSection(Section):
     """Name -> file of a neuron set or of scores, with which the run's choice is compared."""
 
 
+EngineName: TypeAlias = Literal["ddp", "fsdp2", "zero2", "zero3"]
+
+
+class DistributedSection(Section):
+    """How several processes train together, where a launcher starts them; one alone has no use for it.
+
+    The batches, and so the results but for rounding, are those of one process.
+    """
+
+    engine: EngineName = "ddp"
+    """``ddp``: every process has all weights; ``fsdp2``: each has a share of them, and gathers a layer at a
+    time; ``zero2``, ``zero3``: DeepSpeed's, which divide gradients and optimizer, or the weights too."""
+    reshard_after_forward: bool | None = None
+    """``fsdp2``: give up a layer's weights after the forward pass, and gather them anew for the backward
+    pass; default: true. False takes memory for all weights meanwhile, and less traffic."""
+
+    @model_validator(mode="after")
+    def _fits_engine(self) -> DistributedSection:
+        if self.reshard_after_forward is not None and self.engine != "fsdp2":
+            raise ValueError(f"reshard_after_forward is for fsdp2, not for {self.engine!r}")
+        return self
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -511,6 +534,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     analysis: AnalysisSection | None = None
     """What is looked at after evaluation; default: nothing."""
+    distributed: DistributedSection = DistributedSection()
 
     @model_validator(mode="after")
     def _neurons_need_a_source(self) -> Recipe:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 
-from neft.errors import NeftError
+from neft import processes
+from neft.errors import NeftError, UsageError
 
 log = logging.getLogger("neft")
 """Every message of this package goes here."""
@@ -31,19 +32,51 @@ RecipeFile = Annotated[
 ]
 
 
-def guarded(function: Callable[Given, None]) -> Callable[Given, None]:
-    """A command whose errors become one message and an exit code."""
+def guarded(function: Callable[Given, None], *, trains: bool = False) -> Callable[Given, None]:
+    """A command whose errors become one message and an exit code.
+
+    Args:
+        function: does it.
+        trains: whether several processes can share its work.
+    """
+    launched = _by_all if trains else _by_one
 
     @functools.wraps(function)
     def guarded(*args: Given.args, **kwargs: Given.kwargs) -> None:
         try:
-            function(*args, **kwargs)
+            launched(functools.partial(function, *args, **kwargs))
         except BrokenPipeError:
             raise  # whoever read our output has seen enough; typer ends quietly
         except (Exception, KeyboardInterrupt) as error:
             raise typer.Exit(_reported(error)) from error
 
     return guarded
+
+
+def _by_one(command: Callable[[], None]) -> None:
+    """Run a command that is for one process."""
+    if (num_processes := processes.num_processes()) == 1:
+        command()
+    elif processes.is_first():
+        raise UsageError(
+            f"This command is for one process, and {num_processes} were started. Several can share neft "
+            "run, neft train and neft score."
+        )
+
+
+def _by_all(command: Callable[[], None]) -> None:
+    """Run a command in the first process of a launch; the others join in its training."""
+    if processes.num_processes() == 1:
+        command()
+        return
+    from neft.console import complain
+    from neft.pipeline.together import follow, led
+
+    if processes.is_first():
+        with led():
+            command()
+    else:
+        follow(complain)
 
 
 def _reported(error: BaseException) -> int:
@@ -55,6 +88,8 @@ def _reported(error: BaseException) -> int:
     match error:
         case typer.Exit():
             return error.exit_code
+        case KeyboardInterrupt() if not processes.is_first():
+            return 130
         case KeyboardInterrupt():
             complain("interrupted. The same command goes on where it stopped.")
             return 130

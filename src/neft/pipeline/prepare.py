@@ -72,9 +72,9 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
     from neft.sft.counting import num_trainable
     from neft.sft.train import check_machine
 
-    for options in (recipe.warmup, recipe.train):
-        if options is not None:
-            check_machine(recipe.model, options)
+    if recipe.warmup is not None and recipe.warmup.trains:
+        check_machine(recipe.model, recipe.warmup, recipe.distributed, recipe.warmup.method)
+    check_machine(recipe.model, recipe.train, recipe.distributed, recipe.train.method)
     weights = open_weights(recipe.model.path, recipe.model.revision)
     network = weights.network
     _check_watching(recipe, network)

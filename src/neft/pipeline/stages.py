@@ -39,7 +39,8 @@ from neft.pipeline.results import collect_results
 from neft.pipeline.scoring import score
 from neft.pipeline.selection import NEURONS, SCORES, choose, resolved_lora, unscored
 from neft.pipeline.stage import Stage
-from neft.recipe import DataSection, LoraSection, Recipe, WarmupSection
+from neft.pipeline.together import Task, carry_out
+from neft.recipe import DataSection, Recipe
 from neft.sft.methods import find_method
 
 _Folders: TypeAlias = Mapping[str, Path]
@@ -82,14 +83,13 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
 def training_stage(name: str, recipe: Recipe, neurons: Path | None) -> Stage:
     """Training alone, with the neurons of a file."""
-    chosen = None if neurons is None else NeuronSet.load(neurons)
     content = _Content(recipe)
     ingredients = content.training
-    if chosen is not None:
-        ingredients["neurons"] = chosen.to_dict()["projections"]
+    if neurons is not None:
+        ingredients["neurons"] = NeuronSet.load(neurons).to_dict()["projections"]
 
     def run(working: Path, _inputs: _Folders) -> None:
-        _train_on(recipe, chosen, working)
+        carry_out(Task("train", recipe, working, neurons))
 
     stage = Stage(name, 1, ingredients, (), run, resumable=True)
     return replace(stage, on_shortage=partial(_explain, recipe, "train"))
@@ -268,7 +268,10 @@ def _warmup(recipe: Recipe, content: _Content) -> Stage:
     assert options is not None
 
     def run(working: Path, _inputs: _Folders) -> None:
-        _warm_up(recipe, options, working)
+        if options.trains:
+            carry_out(Task("warmup", recipe, working))
+        else:
+            measure(recipe, options, working)
 
     return Stage("warmup", 1, content.warmup, (), run, resumable=True)
 
@@ -304,8 +307,8 @@ def _train(recipe: Recipe, content: _Content) -> Stage:
     with_neurons = needs_neurons(recipe)
 
     def run(working: Path, inputs: _Folders) -> None:
-        neurons = NeuronSet.load(inputs["select"] / NEURONS) if with_neurons else None
-        _train_on(recipe, neurons, working)
+        neurons = inputs["select"] / NEURONS if with_neurons else None
+        carry_out(Task("train", recipe, working, neurons))
 
     reads = ("select",) if with_neurons else ()
     return Stage("train", 1, content.training, reads, run, resumable=True)
@@ -351,40 +354,3 @@ def _explain(recipe: Recipe, name: str) -> str:
     from neft.pipeline.shortage import explain_shortage
 
     return explain_shortage(recipe, name)
-
-
-def _warm_up(recipe: Recipe, options: WarmupSection, folder: Path) -> None:
-    if options.trains:
-        _warm_up_by_training(recipe, options, folder)
-    else:
-        measure(recipe, options, folder)
-
-
-def _warm_up_by_training(recipe: Recipe, options: WarmupSection, folder: Path) -> None:
-    from neft.sft.train import train
-
-    train(
-        recipe.model,
-        options.data_of(recipe.data),
-        options,
-        method=options.method,
-        lora=LoraSection(rank=options.rank) if options.method == "lora" else None,
-        seed=options.seed_of(recipe.seed),
-        folder=folder,
-        snapshots=options.snapshots,
-    )
-
-
-def _train_on(recipe: Recipe, neurons: NeuronSet | None, folder: Path) -> None:
-    from neft.sft.train import train
-
-    train(
-        recipe.model,
-        recipe.data,
-        recipe.train,
-        method=recipe.train.method,
-        neurons=neurons,
-        lora=resolved_lora(recipe),
-        seed=recipe.seed,
-        folder=folder,
-    )

@@ -6,12 +6,16 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from neft.recipe import TrainingSection
 from neft.sft.prompts import IGNORED, Encoded
+
+FILLER = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}
+"""An example that nothing is learnt from."""
 
 
 def batches_of(encoded: Encoded, options: TrainingSection, seed: int) -> list[list[int]]:
@@ -112,3 +116,33 @@ class LengthGrouped(Sampler[int]):
         last = [batches.pop()] if len(batches[-1]) < self._batch_size else []
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return iter([position for batch in shuffled + last for position in batch])
+
+
+class FilledUp(Sampler[int]):
+    """An order whose last batch is whole, so that processes can share it evenly.
+
+    Left to themselves, they would train the first examples again.
+
+    Args:
+        order: positions of the examples.
+        batch_size: of all processes together.
+        filler: position of the example that fills up.
+    """
+
+    def __init__(self, order: SeedableRandomSampler | LengthGrouped, batch_size: int, filler: int):
+        self._order = order
+        self._num_fillers = -len(order) % batch_size
+        self._filler = filler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell it which epoch comes next."""
+        self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Number of examples, fillers among them."""
+        return len(self._order) + self._num_fillers
+
+    def __iter__(self) -> Iterator[int]:
+        """The positions of one epoch."""
+        yield from self._order
+        yield from [self._filler] * self._num_fillers

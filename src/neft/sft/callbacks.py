@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from neft import processes
 from neft.memory import peak_memory, reset_peak_memory
 from neft.sft.resume import checkpoint_folder, discard_superseded, link_weights, seal
 
@@ -32,6 +33,8 @@ class SealCheckpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, _control: Any, **_: Any
     ) -> None:
+        # Every process writes its own part.
+        processes.wait_for_all()
         if state.is_world_process_zero:
             checkpoints = Path(args.output_dir)
             checkpoint = checkpoint_folder(checkpoints, state.global_step)
@@ -121,6 +124,8 @@ class StopOnSignal(TrainerCallback):
             signal.signal(*self._previous.popitem())
 
     def on_step_end(self, _args: Any, _state: Any, control: TrainerControl, **_: Any) -> None:
+        # Signals come to several processes at different moments, and they must stop after the same step.
+        self.stopped = processes.any_process(self.stopped)
         if self.stopped:
             control.should_save = True
 
@@ -130,10 +135,13 @@ class StopOnSignal(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """Within ``with``: a progress bar on stderr, and one line a measurement of the development loss."""
+    """Within ``with``: a progress bar on stderr, and one line a measurement of the development loss.
+
+    Of several processes, the first shows it.
+    """
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=not processes.is_first())
         self._progress = Progress(
             TextColumn("Training"),
             BarColumn(),

@@ -21,7 +21,7 @@ _TRAINER_FILES = (
     _MARKER,
     _STATE,
     "training_args.bin",
-    "optimizer.pt",
+    "optimizer*.pt",
     "scheduler.pt",
     "scaler.pt",
     "rng_state*.pth",

@@ -26,12 +26,14 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import neft
+from neft import processes
 from neft.errors import UsageError
 from neft.files import file_identity, write_json
 from neft.memory import naming_shortage
 from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.neurons import NeuronSet
-from neft.recipe import DataSection, LoraSection, ModelSection, TrainingSection
+from neft.recipe import DataSection, DistributedSection, LoraSection, ModelSection, TrainingSection
+from neft.sft.batches import FILLER
 from neft.sft.callbacks import (
     MeasureSteps,
     SealCheckpoints,
@@ -39,6 +41,7 @@ from neft.sft.callbacks import (
     StopEarly,
     StopOnSignal,
 )
+from neft.sft.engines import check_engine, engine_name, engine_settings, share
 from neft.sft.in_backward import StepInBackward
 from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.prompts import Encoded, load_encoded
@@ -97,9 +100,18 @@ class _Run:
     seed: int = 0
     folder: Path
     snapshots: tuple[int, ...] = ()
+    distributed: DistributedSection
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     dev: Encoded
+
+    @property
+    def crew(self) -> dict[str, Any]:
+        """Who trains. Only the same can go on from a checkpoint: shares of the state are theirs."""
+        return {
+            "num_processes": processes.num_processes(),
+            "engine": engine_name(self.distributed),
+        }
 
     @property
     def checkpoints(self) -> Path:
@@ -140,8 +152,11 @@ def train(
     seed: int = 0,
     folder: str | os.PathLike[str],
     snapshots: Sequence[int] = (),
+    distributed: DistributedSection | None = None,
 ) -> TrainingResult:
     """Fine-tune ``model`` and keep the weights with the lowest development loss.
+
+    Within a process group (``neft.processes``), all its processes must call this, and share the work.
 
     A run that was killed, at any moment, is continued by the same call from its last whole checkpoint,
     and ends with the same bits as an unbroken one where the platform is deterministic (the CPU is).
@@ -161,6 +176,7 @@ def train(
         folder: gets ``model/`` or ``adapter/``, and ``training.json``; ``checkpoints/`` meanwhile.
         snapshots: steps whose weights are kept besides, in ``snapshots/<step>/``; multiples of
             ``options.evaluate_every``.
+        distributed: how several processes share the work.
 
     Raises:
         UsageError: input that cannot be used, or a folder that holds another run.
@@ -169,7 +185,8 @@ def train(
     """
     check_inputs(method, neurons, lora)
     _check_options(method, options, snapshots)
-    check_machine(model, options)
+    distributed = distributed or DistributedSection()
+    check_machine(model, options, distributed, method)
     tokenizer = load_tokenizer(model)
     train_split, dev_split = (load_encoded(data, split, tokenizer) for split in ("train", "dev"))
     run = _Run(
@@ -181,6 +198,7 @@ def train(
         seed=seed,
         folder=Path(folder),
         snapshots=tuple(snapshots),
+        distributed=distributed,
         tokenizer=tokenizer,
         train=train_split,
         dev=dev_split,
@@ -188,11 +206,16 @@ def train(
     record = run.folder / RECORD
     for file in (record, run.plan):
         _check_is_ours(file, run)
-    if not record.is_file():
-        if not _is_trained(run.checkpoints):
-            _train(run)
-        _publish(run)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    is_finished, is_trained = record.is_file(), _is_trained(run.checkpoints)
+    # Before anybody changes what the others have yet to see.
+    processes.wait_for_all()
+    if not (is_finished or is_trained):
+        _train(run)
+    if processes.is_first():
+        if not is_finished:
+            _publish(run)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    processes.wait_for_all()
     return _result(record)
 
 
@@ -210,8 +233,11 @@ def _check_options(method: str, options: TrainingSection, snapshots: Sequence[in
             )
 
 
-def check_machine(model: ModelSection, options: TrainingSection) -> None:
+def check_machine(
+    model: ModelSection, options: TrainingSection, distributed: DistributedSection, method: str
+) -> None:
     """Find out before anything expensive what this machine cannot do."""
+    check_engine(distributed, model, options, method)
     available = get_available_reporting_integrations()
     for tracker in options.report_to:
         if tracker not in available:
@@ -228,12 +254,6 @@ def check_machine(model: ModelSection, options: TrainingSection) -> None:
         raise UsageError(
             "in_backward updates weights before float16 gradients can be checked for overflow. Use "
             "bfloat16 or float32."
-        )
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if options.in_backward and num_processes > 1:
-        raise UsageError(
-            f"in_backward updates weights before {num_processes} processes could share their gradients. "
-            "Run it in one process, or set it to false."
         )
 
 
@@ -266,6 +286,16 @@ def _check_is_ours(file: Path, run: _Run) -> None:
         )
 
 
+def _check_same_crew(run: _Run) -> None:
+    """Refuse to go on from a checkpoint of which others keep their shares."""
+    theirs: dict[str, Any] = json.loads(run.plan.read_text(encoding="utf-8"))["crew"]
+    if difference := _difference(theirs, run.crew):
+        raise UsageError(
+            f"{run.checkpoints}: this training was begun otherwise, and can only go on as it was begun; "
+            f"{difference}. Start it that way, or delete the folder to begin anew."
+        )
+
+
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str = "") -> str | None:
     """The first key in which two runs differ, with both values unless they are mere digests."""
     for key in ours:
@@ -288,8 +318,13 @@ def _is_trained(checkpoints: Path) -> bool:
 
 
 def _train(run: _Run) -> None:
-    discard_torn(run.checkpoints)
     last = last_checkpoint(run.checkpoints)
+    if last is not None:
+        _check_same_crew(run)
+    processes.wait_for_all()
+    if processes.is_first():
+        discard_torn(run.checkpoints)
+    processes.wait_for_all()
     set_seed(run.seed)
     with quiet_transformers(), StopOnSignal() as stop, ShowProgress() as shown:
         trainer = _set_up(run, last)
@@ -314,8 +349,11 @@ def _set_up(run: _Run, last: Path | None) -> TargetTrainer:
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
     trainer = _trainer(run, prepare(base, run.method, run.neurons, run.lora))
     _check_within(run, trainer.args)
+    if not processes.is_first():
+        return trainer
     plan = {
         "run": run.identity,
+        "crew": run.crew,
         "num_parameters": num_parameters,
         "num_trainable": _num_trained(run, trainer.model),
     }
@@ -341,9 +379,7 @@ def _num_trained(run: _Run, model: nn.Module) -> int:
 
 def _check_within(run: _Run, settings: SFTConfig) -> None:
     """Refuse snapshots that the run would never come to."""
-    examples = (
-        settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    )
+    examples = run.options.batch_size * settings.gradient_accumulation_steps
     num_steps = run.options.steps or math.ceil(
         settings.num_train_epochs * math.ceil(len(run.train) / examples)
     )
@@ -354,13 +390,16 @@ def _check_within(run: _Run, settings: SFTConfig) -> None:
 def _trainer(run: _Run, model: nn.Module) -> TargetTrainer:
     # Like lengths side by side: little padding. The development loss does not depend on the order.
     by_length = sorted(range(len(run.dev)), key=lambda i: len(run.dev.input_ids[i]))
+    # Every process must have as many batches: fillers make up for what is missing.
+    several = processes.num_processes() > 1
+    num_missing = -len(run.dev) % run.options.batch_size if several else 0
     try:
         trainer = TargetTrainer(
             model=model,
             args=_settings(run),
             data_collator=DataCollatorForLanguageModeling(pad_token_id=run.tokenizer.pad_token_id),
-            train_dataset=_dataset(run.train, range(len(run.train))),
-            eval_dataset=_dataset(run.dev, by_length),
+            train_dataset=_dataset(run.train, range(len(run.train)), num_fillers=int(several)),
+            eval_dataset=_dataset(run.dev, by_length, num_missing),
             processing_class=run.tokenizer,
         )
     except ValueError as error:
@@ -385,8 +424,8 @@ def _settings(run: _Run) -> SFTConfig:
         output_dir=str(run.checkpoints),
         max_steps=options.steps or -1,
         num_train_epochs=options.epochs or 1.0,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_train_batch_size=share(options.batch_size),
+        per_device_eval_batch_size=share(options.batch_size),
         gradient_accumulation_steps=options.gradient_accumulation,
         optim=_OPTIMIZERS[options.optimizer],
         learning_rate=options.learning_rate,
@@ -420,16 +459,13 @@ def _settings(run: _Run) -> SFTConfig:
         use_cache=True,
         disable_tqdm=True,
         report_to=list(options.report_to) or "none",
+        **engine_settings(run.distributed),
     )
 
 
-def _dataset(encoded: Encoded, order: Iterable[int]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "input_ids": [encoded.input_ids[i] for i in order],
-            "labels": [encoded.labels[i] for i in order],
-        }
-    )
+def _dataset(encoded: Encoded, order: Iterable[int], num_fillers: int) -> Dataset:
+    rows = [{"input_ids": encoded.input_ids[i], "labels": encoded.labels[i]} for i in order]
+    return Dataset.from_list(rows + [FILLER] * num_fillers)
 
 
 def _publish(run: _Run) -> None:
@@ -535,6 +571,7 @@ def try_steps(
             tokenizer=load_tokenizer(model),
             train=batches,
             dev=batches,
+            distributed=DistributedSection(),
         )
         trainer = _trainer(run, prepare(_base(run, None), method, neurons, lora))
         trainer.args.train_sampling_strategy = "sequential"

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import is_triton_available
 from trl import SFTTrainer
 
 from neft.errors import DivergenceError
-from neft.sft.batches import LengthGrouped
+from neft.sft.batches import FilledUp, LengthGrouped
 from neft.sft.loss import target_loss
 from neft.sft.prompts import IGNORED
 from neft.sft.resume import last_checkpoint
+from neft.sft.sharded import gather_trained, load_own_share, own_share, write_weights
 
 _WATCHED = {
     "loss": "training loss",
@@ -30,6 +35,69 @@ class TargetTrainer(SFTTrainer):
     """Trains on examples with ``input_ids`` and ``labels``; stops at the first non-finite loss."""
 
     control: TrainerControl
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up FSDP2 on the CPU too, where accelerate would train by DDP without a word."""
+        if self.args.fsdp and self.args.bf16:
+            # Left to accelerate, gradients would be summed over processes in 16 bits.
+            self.args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type is DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        assert self.is_fsdp_enabled == bool(self.args.fsdp)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train, from the start or from a checkpoint."""
+        if self.is_fsdp_enabled and resume_from_checkpoint and isinstance(self.model, PeftModel):
+            # While its weights are whole. Other models were loaded from the checkpoint in the first
+            # place.
+            super()._load_from_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model or adapter as one process would, whatever share of it each of several has."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            self._save(str(folder), state_dict=gather_trained(self.model))
+            return
+        write_weights(self.model, folder, writes=self.args.should_save)
+        if self.args.should_save:
+            self.model.config.save_pretrained(folder)
+            self.model.generation_config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        torch.save(own_share(self.optimizer.state_dict()), self._own_optimizer_file(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        file = self._own_optimizer_file(checkpoint)
+        load_own_share(self.optimizer, torch.load(file, map_location="cpu", weights_only=True))
+        file = Path(checkpoint) / "scheduler.pt"
+        self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
+
+    def _own_optimizer_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"optimizer_{self.args.process_index}.pt"
 
     def compute_loss(
         self,
@@ -50,16 +118,32 @@ class TargetTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         total, count = target_loss(model, inputs, head)
-        return total / (count if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return total / count
+        # Processes average their gradients; those of one batch must add up.
+        return total * self.args.world_size / num_items_in_batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if self.args.train_sampling_strategy != "group_by_length":
+        num_processes = self.args.world_size
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if num_processes == 1 and not grouped:
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
+        batch_size, seed = self.args.train_batch_size * num_processes, self.args.seed
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        grouped = LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
-        self.add_callback(_TellEpoch(grouped))
-        return grouped
+        if num_processes > 1:
+            lengths.pop()  # the filler
+        order: Any = (
+            LengthGrouped(lengths, batch_size, seed)
+            if grouped
+            # What accelerate makes of the trainer's own in one process.
+            else SeedableRandomSampler(lengths, data_seed=seed)
+        )
+        if num_processes > 1:
+            order = FilledUp(order, batch_size, filler=len(lengths))
+        self.add_callback(_TellEpoch(order))
+        found: Sampler[int] = order
+        return found
 
     def evaluate(
         self,
@@ -77,8 +161,11 @@ class TargetTrainer(SFTTrainer):
         num_tokens = 0
         for inputs in self.get_eval_dataloader(eval_dataset):
             with torch.no_grad(), self.compute_loss_context_manager():
-                one = torch.ones((), device=inputs["labels"].device)
-                loss += self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=one).item()
+                # That of one process among several counts as often, for the average.
+                weight = torch.tensor(float(self.args.world_size), device=inputs["labels"].device)
+                loss += self.compute_loss(
+                    self.model_wrapped, inputs, num_items_in_batch=weight
+                ).item()
             num_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
         sums = self.accelerator.reduce(torch.tensor([loss, num_tokens], device=self.args.device))
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
@@ -122,7 +209,7 @@ class TargetTrainer(SFTTrainer):
 class _TellEpoch(TrainerCallback):
     """Tells a sampler the epoch, which wrappers of several processes do not pass on when resuming."""
 
-    def __init__(self, sampler: LengthGrouped) -> None:
+    def __init__(self, sampler: LengthGrouped | FilledUp) -> None:
         self._sampler = sampler
 
     def on_epoch_begin(self, _args: Any, state: TrainerState, _control: Any, **_: Any) -> None:

@@ -52,6 +52,8 @@ class ResidentLayer:
     """The layer's own forward pass, of an input and the weight that ``load`` returned."""
     transposed: bool
     """The weight is stored as ``[I, O]``."""
+    release: Callable[[], None] = lambda: None
+    """Called as soon as the weight has been used."""
 
 
 class _WriteThrough(torch.autograd.Function):
@@ -72,6 +74,7 @@ class _WriteThrough(torch.autograd.Function):
         *vectors: Tensor,
     ) -> Tensor:
         y = layer.run(x, layer.load())
+        layer.release()
         ctx.layer = layer
         ctx.selections = selections
         ctx.input_dtype = x.dtype
@@ -105,6 +108,7 @@ class _WriteThrough(torch.autograd.Function):
             # One product of matrices: a batch of products with one weight is several times as slow.
             dx_TI = dy_TO @ (weight.T if ctx.layer.transposed else weight)
             dx = dx_TI.reshape(*dy.shape[:-1], -1).to(ctx.input_dtype)
+            ctx.layer.release()
         if ctx.needs_input_grad[1]:
             dbias = dy_TO.sum(0)
         dvectors = [

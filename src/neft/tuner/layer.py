@@ -78,10 +78,11 @@ class NeuronIndices(BufferDict):
 class NeftLinear(nn.Module, BaseTunerLayer):
     """Wraps ``nn.Linear``, ``Conv1D`` or a quantized layer; see the module's docstring.
 
-    The base weight read directly (``base_layer.weight``) is what the last forward pass used; through
-    ``state_dict()`` it is always the original one. In evaluation the vectors are written once and again
-    whenever their version counter or the mode (``train()``, ``eval()``) changes. A write to
-    ``vectors.data`` changes neither: call ``model.eval()`` after one, if no training step comes between.
+    The base weight read directly (``base_layer.weight``) is what the last forward pass used, but where
+    processes work together the original one; through ``state_dict()`` it is always that. In evaluation
+    the vectors are written once and again whenever their version counter or the mode (``train()``,
+    ``eval()``) changes. A write to ``vectors.data`` changes neither: call ``model.eval()`` after one, if
+    no training step comes between.
 
     Args:
         base_layer: the frozen layer, one that ``check_supported`` lets pass.
@@ -194,7 +195,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def _stamp_of(self, names: tuple[str, ...], user: object) -> object:
         """Changes with the vectors and with the weight they are in; None if that cannot be told."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _is_distributed():
             # Sharded weights are gathered anew, maybe at the same address, and count no version.
             return None
         vectors = [self._vectors(name) for name in names]
@@ -209,6 +210,15 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._put_back(self._base.weight)
         self._resident = {}
         self._stamp = None
+
+    def _release(self) -> None:
+        """Put the original values back at once where the weight may be gathered for this use alone.
+
+        Whoever gathers weights (FSDP, ZeRO) decides when they go, or come anew, and does not tell. Kept
+        until then, the originals would also take memory in all layers at a time, in every process.
+        """
+        if _is_distributed():
+            self._restore()
 
     def _is_whole(self) -> bool:
         """The base weight itself is here; a shard (FSDP, ZeRO) or a name on meta never held vectors."""
@@ -255,7 +265,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
         self._load(names, _EVALUATION)
-        return self._run(x)
+        y = self._run(x)
+        self._release()
+        return y
 
     def _out_of_reach(self) -> bool:
         """The base weight must be left alone: it is offloaded, or part of a graph being compiled."""
@@ -269,7 +281,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                 "of a frozen weight. Set requires_grad of the base weight to False, or train the "
                 "whole layer by modules_to_save instead."
             )
-        for name in names:
+        # What FSDP gathers in 16 bits for a pass comes from shares that keep their dtype.
+        for name in names if not _is_distributed() else ():
             vectors = self._vectors(name)
             if not _is_master(vectors.dtype):
                 warnings.warn(
@@ -298,7 +311,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             x,
             base_layer.bias,
             ResidentLayer(
-                load, lambda x, _: self._run(x), transposed=isinstance(base_layer, Conv1D)
+                load, lambda x, _: self._run(x), isinstance(base_layer, Conv1D), self._release
             ),
             [self._selection(name) for name in names],
             [self._vectors(name) for name in names],
@@ -377,7 +390,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if is_quantized(self._base):
             raise UsageError(
                 f"{self.name}: its quantized weight cannot hold the vectors of {names} unrounded. "
-                "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit base, "
+                "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit base "
                 "run neft merge ADAPTER --base MODEL."
             )
         together = (*self.merged_adapters, *names)
@@ -500,6 +513,11 @@ def check_supported(layer: nn.Module, name: str) -> None:
 
 
 _EVALUATION = "evaluation"
+
+
+def _is_distributed() -> bool:
+    """Whether several processes may share the weights."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_master(dtype: torch.dtype) -> bool:

@@ -1,0 +1,93 @@
+"""The engines by which several processes train one model: what each can do, and its settings."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from neft import processes
+from neft.errors import UsageError
+from neft.recipe import DistributedSection, ModelSection, TrainingSection
+
+
+def engine_name(distributed: DistributedSection) -> str | None:
+    """The engine that trains in this launch; ``None`` in one process, which needs none."""
+    return distributed.engine if processes.num_processes() > 1 else None
+
+
+def is_sharded(engine: str | None) -> bool:
+    """Whether a process has but a share of the weights."""
+    return engine in ("fsdp2", "zero3")
+
+
+def share(batch_size: int) -> int:
+    """Examples of a batch that come to one process."""
+    return batch_size // processes.num_processes()
+
+
+def check_engine(
+    distributed: DistributedSection, model: ModelSection, options: TrainingSection, method: str
+) -> None:
+    """Refuse, with the reason, what an engine would do wrongly or not at all.
+
+    Raises:
+        UsageError: of what was asked for, something is not to be had with this engine.
+    """
+    engine = engine_name(distributed)
+    if engine is None:
+        return
+    num_processes = processes.num_processes()
+    if options.batch_size % num_processes:
+        raise UsageError(
+            f"batch_size is {options.batch_size}, which {num_processes} processes cannot share evenly. "
+            f"Make it a multiple of {num_processes}, or start as many processes as divide it."
+        )
+    if options.in_backward:
+        raise UsageError(
+            f"in_backward updates weights before {num_processes} processes could share their gradients. "
+            "Run it in one process, or set it to false."
+        )
+    if engine == "ddp":
+        return
+    if method == "mask":
+        raise UsageError(
+            f"Method 'mask' masks gradients of whole weights, and {engine} divides them among "
+            "processes. Use method 'neft', which computes the same, or distributed.engine ddp."
+        )
+    if model.dtype == "float16":
+        raise UsageError(
+            f"model.dtype is float16, whose gradients need a scaling that was not tried with {engine}. "
+            "Use bfloat16 or float32, or distributed.engine ddp."
+        )
+    if options.optimizer == "adafactor":
+        raise UsageError(
+            f"Adafactor needs rows and columns of whole weights, and {engine} divides them among "
+            "processes. Use optimizer adamw, or distributed.engine ddp."
+        )
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        raise UsageError(
+            f"distributed.engine {engine} is DeepSpeed's, which is not installed: pip install "
+            "deepspeed. Or use fsdp2, which comes with torch."
+        )
+
+
+def engine_settings(distributed: DistributedSection) -> dict[str, Any]:
+    """Arguments of the trainer's configuration."""
+    match engine_name(distributed):
+        case "ddp":
+            # All that is trained has a gradient in every step, and no buffer changes.
+            return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+        case "fsdp2":
+            return {"fsdp": True, "fsdp_config": _fsdp_config(distributed)}
+        case _:
+            return {}
+
+
+def _fsdp_config(distributed: DistributedSection) -> dict[str, Any]:
+    reshard = distributed.reshard_after_forward
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": True if reshard is None else reshard,
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }

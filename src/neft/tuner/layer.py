@@ -97,6 +97,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.in_features, self.out_features = features(self._base)
+        # Asked once: a compiled graph cannot, and every token would pay for it.
+        self._quantized = is_quantized(self._base)
         self.neft_vectors = nn.ModuleDict()
         self.neft_indices = NeuronIndices()
         self.neft_projections: dict[str, Projection] = {}
@@ -238,7 +240,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _original_weight(self) -> Tensor:
         """The base weight without vectors; a copy if it holds some, or is quantized."""
-        if is_quantized(self._base):
+        if self._quantized:
             return dequantized(self._base)
         weight: Tensor = self._base.weight.detach()
         if self._resident:
@@ -260,7 +262,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._prepare_training(names)
         if self._out_of_reach():
             return self._forward_overlay(x, names)
-        if is_quantized(self._base):
+        if self._quantized:
             return self._forward_quantized(x, names)
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
@@ -350,7 +352,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._restore()
         self._check_disjoint(names)
         base_layer = self._base
-        quantized = is_quantized(base_layer)
+        quantized = self._quantized
         dtype = compute_dtype(base_layer, x) if quantized else base_layer.weight.dtype
         selections = [self._selection(name) for name in names]
         y = self._run(without_columns(x, selections))
@@ -387,7 +389,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         ]
         if not names:
             return
-        if is_quantized(self._base):
+        if self._quantized:
             raise UsageError(
                 f"{self.name}: its quantized weight cannot hold the vectors of {names} unrounded. "
                 "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit base "
@@ -444,7 +446,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The weight that a forward pass would use now (some models read it directly)."""
-        if self.merged or self._out_of_reach() or is_quantized(self._base):
+        if self.merged or self._out_of_reach() or self._quantized:
             weight: Tensor = self._base.weight
             return weight
         return self._load(self._active(), user=object())

@@ -16,6 +16,7 @@ from neft.errors import ArchitectureError, CheckpointError
 from neft.neurons import NeuronScores, Projection
 from neft.projections import find_projections
 from neft.scoring import score_by_activation, score_by_gradient, score_by_norm, score_neurons
+from neft.scoring.probe import Probes, score_by_probe
 from reference.cosine import cosine_distances
 from test_experts import every_mixture
 
@@ -131,3 +132,15 @@ def test_the_moved_neuron_is_found(tiny_model: TinyModel) -> None:
         "model.layers.1.mlp.experts.down_proj.0": [5],
     }
     assert len(find_projections(before)) == len(scores.projections)
+
+
+def test_probes_are_compared_with_every_expert(tiny_model: TinyModel) -> None:
+    model = tiny_model("gpt_oss")
+    directions = np.random.default_rng(0).standard_normal((2, 3, 32))
+    probes = Probes((0, 1), directions, (0.5, 0.5), 0.4, ("a", "b", "c"), 9, 3)
+    scores = score_by_probe(model, probes)
+    units = directions.reshape(6, 32) / np.linalg.norm(directions.reshape(6, 32), axis=1)[:, None]
+    for name, projection in scores.projections.items():
+        vectors = weight(model, projection).double().numpy()
+        cosines = np.abs(vectors @ units.T).max(1) / np.linalg.norm(vectors, axis=1)
+        np.testing.assert_allclose(scores.distances[name], cosines, rtol=1e-9)

@@ -10,7 +10,15 @@ from types import MethodType
 import pytest
 import torch
 from adapters import IDS, adapted, base_state, choose, logits, same_bits, vectors, with_second
-from peft import PeftModel, convert_to_lora, get_peft_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from neft import NeftConfig, NeuronSet, find_projections
@@ -98,6 +106,23 @@ def test_the_adapter_is_self_contained(tiny_model, model_type, tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(wrapped))
     low = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(logits(low.eval()), logits(wrapped))
+
+
+def test_transformers_and_injection_load_it_too(tiny_model, tmp_path):
+    plain = tiny_model("qwen2_moe")
+    wrapped = adapted(copy.deepcopy(plain))
+    wrapped.save_pretrained(tmp_path)
+    loaded = copy.deepcopy(plain)
+    loaded.load_adapter(tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(wrapped))
+
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    injected = copy.deepcopy(plain)
+    config = PeftConfig.from_pretrained(tmp_path)
+    inject_adapter_in_model(config, injected, state_dict=state)
+    set_peft_model_state_dict(injected, state)
+    assert torch.equal(logits(injected.eval()), logits(wrapped))
 
 
 def test_several_adapters(tiny_model):

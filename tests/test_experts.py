@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 ROW, COLUMN = Axis.ROW, Axis.COLUMN
 NUM_EXPERTS = 4
 
-# Written by hand: model type -> role -> (name inside layer 1, axis, shape of the stored weight); {} is
-# the number of an expert.
+# Written by hand: model type -> role -> (name inside layer 1, axis, shape of the stored weight). In names
+# {} stands for the number of an expert.
 Matrices = dict[str, list[tuple[str, Axis, tuple[int, int]]]]
 ATTENTION: Matrices = {
     "q": [("self_attn.q_proj", ROW, (32, 32))],

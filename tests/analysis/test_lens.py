@@ -25,6 +25,11 @@ PLACES = {
     "gpt2": ("transformer.h", "transformer.ln_f", None),
     "opt": ("model.decoder.layers", "model.decoder.final_layer_norm", None),
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm", None),
+    "mixtral": ("model.layers", "model.norm", None),
+    "olmoe": ("model.layers", "model.norm", None),
+    "gpt_oss": ("model.layers", "model.norm", None),
+    "qwen3_moe": ("model.layers", "model.norm", None),
+    "qwen2_moe": ("model.layers", "model.norm", None),
 }
 
 
@@ -39,7 +44,7 @@ def with_random_norms(model):
     return model
 
 
-def out_neurons(model, indices=(3, 0, 41)) -> NeuronSet:
+def out_neurons(model, indices=(3, 0, 21)) -> NeuronSet:
     downs = find_projections(model, ["down"])
     return NeuronSet(downs, {downs[0].name: indices[:1], downs[-1].name: indices})
 
@@ -48,7 +53,8 @@ def out_neurons(model, indices=(3, 0, 41)) -> NeuronSet:
 def logits_one_by_one(model, projection, neuron: int) -> torch.Tensor:
     """A norm's scale is positive and its bias no part of a neuron: neither changes the order."""
     layers, final, after_ffn = PLACES[model.config.model_type]
-    vector = model.get_submodule(projection.name).weight.select(projection.neuron_dim, neuron)
+    weight = projection.weight_in(model.get_parameter(projection.parameter))
+    vector = weight.select(projection.neuron_dim, neuron)
     norms = [f"{layers}.{projection.layer}.{after_ffn}"] if after_ffn else []
     for name in (*norms, final):
         norm = model.get_submodule(name)

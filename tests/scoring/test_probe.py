@@ -276,9 +276,9 @@ class _Watched(WeightSource):
     def network(self) -> Any:
         return self._inner.network
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, index: int | None) -> torch.Tensor:
         self.alive.append(sum(given() is not None for given in self._given))
-        tensor = self._inner.read(name).clone()
+        tensor = self._inner.read(name, index).clone()
         self._given.append(weakref.ref(tensor))
         return tensor
 

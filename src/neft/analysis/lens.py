@@ -58,6 +58,11 @@ NORMS: Mapping[str, Norms] = {
     "qwen3": _RMS,
     "smollm3": _RMS,
     "phi3": _RMS,
+    "mixtral": _RMS,
+    "olmoe": _RMS,
+    "gpt_oss": _RMS,
+    "qwen3_moe": _RMS,
+    "qwen2_moe": _RMS,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gemma3": _GEMMA,
@@ -151,17 +156,21 @@ def lens(
 
     Returns:
         ``layer``, ``index``, ``promoted_before``, ``suppressed_before``, ``promoted_after``,
-        ``suppressed_after``: lists of token strings as they stand in a text, strongest first.
+        ``suppressed_after``: lists of token strings as they stand in a text, strongest first; and
+        ``expert``, where there are any.
 
     Raises:
         ArchitectureError, NeuronError, CheckpointError: as ``lens_tokens``.
     """
-    columns: dict[str, list[object]] = {"layer": [], "index": []}
+    columns: dict[str, list[object]] = {"layer": [], "expert": [], "index": []}
     for name, indices in neurons.items():
         projection = neurons.projections[name]
         if projection.role == "down":
             columns["layer"] += [projection.layer] * len(indices)
+            columns["expert"] += [projection.expert] * len(indices)
             columns["index"] += indices.tolist()
+    if not any(expert is not None for expert in columns["expert"]):
+        del columns["expert"]
     string = cache(Decoder(tokenizer).token)
     for side, source in {"before": before, "after": after}.items():
         found = lens_tokens(

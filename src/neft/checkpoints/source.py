@@ -106,7 +106,8 @@ class WeightSource(ABC):
         fitting = [
             name
             for name in self.tensors
-            if _is_prefixed(name, parameter) or _is_prefixed(parameter, name)
+            for wanted in _spellings(parameter)
+            if _is_prefixed(name, wanted) or _is_prefixed(wanted, name)
         ]
         if len(fitting) > 1:
             raise CheckpointError(
@@ -117,9 +118,7 @@ class WeightSource(ABC):
 
     def find_exact(self, parameter: str) -> str | None:
         """The same, if it has the prefix that it has in the model."""
-        # Mixtral's files keep the name that its blocks had before.
-        names = (parameter, parameter.replace(".mlp.", ".block_sparse_moe."))
-        return next((name for name in names if name in self.tensors), None)
+        return next((name for name in _spellings(parameter) if name in self.tensors), None)
 
     @property
     def num_parameters(self) -> int:
@@ -136,6 +135,12 @@ class WeightSource(ABC):
         return CheckpointError(
             f"{self.label}: has no tensor {name}. {hint} Is it a checkpoint of the same model?"
         )
+
+
+def _spellings(parameter: str) -> tuple[str, ...]:
+    """What files may call a parameter, without its prefix: Mixtral's keep the name of blocks of old."""
+    old = parameter.replace(".mlp.", ".block_sparse_moe.")
+    return (parameter,) if old == parameter else (parameter, old)
 
 
 def _is_prefixed(name: str, plain: str) -> bool:

@@ -58,10 +58,12 @@ def _counts(neurons: NeuronSet) -> list[dict[str, Any]]:
 
 def describe_indices(neurons: NeuronSet) -> list[dict[str, Any]]:
     """One row a projection: how many neurons, and the first of them."""
+    with_experts = any(projection.expert is not None for projection in neurons.projections.values())
     return [
         {
             "layer": projection.layer,
             "role": projection.role,
+            **({"expert": projection.expert} if with_experts else {}),
             "neurons": int(neurons[name].size),
             "of": projection.num_neurons,
             "first": _first(neurons[name].tolist()),

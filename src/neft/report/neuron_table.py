@@ -93,7 +93,8 @@ def _movement(columns: Mapping[str, Column]) -> tuple[str, str]:
 def known_neurons(run: RunData) -> dict[str, Column] | None:
     """Columns of all neurons: of the analysis, else of the selection and the scores alone.
 
-    Always with ``layer``, ``role``, ``index`` and ``trained``; with ``distance`` where there are scores.
+    Always with ``layer``, ``role``, ``index`` and ``trained``; with ``expert`` where the model has any,
+    and ``distance`` where there are scores.
     """
     analysed = run.tables.get("neurons")
     if analysed is not None and has_columns(analysed, (*_KEYS, "trained")):
@@ -120,6 +121,8 @@ def _of_selection(run: RunData) -> dict[str, Column]:
         "index": np.concatenate([np.arange(size) for size in sizes]),
         "trained": np.concatenate(trained),
     }
+    if any(projection.expert is not None for projection in projections):
+        columns["expert"] = [p.expert for p in projections for _ in range(p.num_neurons)]
     scores = run.scores
     if scores is not None and all(p.name in scores.distances for p in projections):
         columns["distance"] = np.concatenate([scores.distances[p.name] for p in projections])

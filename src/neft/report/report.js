@@ -5,11 +5,12 @@
 (() => {
   const PAGE_SIZE = 50;
   const NO_VALUE = "—";
-  const KEYS = ["layer", "role", "index"];
+  const KEYS = ["layer", "role", "expert", "index"];
   // Columns of the table in order; those without data are left out. The rest is in the detail view.
   const COLUMNS = [
     { name: "layer", title: "layer" },
     { name: "role", title: "projection", isText: true },
+    { name: "expert", title: "expert" },
     { name: "index", title: "index" },
     { name: "distance", title: "1 − cos" },
     { name: "change", title: "norm of change" },
@@ -94,7 +95,7 @@
     const lists = Object.keys(data.lens);
     return data.columns.index.map((index, row) => {
       const tokens = lists.flatMap((name) => tokensOf(data, name, row));
-      const place = `${data.columns.layer[row]}.${data.columns.role[row]}.${index}`;
+      const place = `${data.columns.layer[row]}.${data.columns.role[row]}${expertOf(data, row, ".")}.${index}`;
       return [place, ...tokens].join("\n").toLowerCase();
     });
   }
@@ -194,9 +195,15 @@
   }
 
   function nameOf(data, row) {
-    const [layer, role, index] = KEYS.map((key) => data.columns[key][row]);
+    const [layer, role, index] = ["layer", "role", "index"].map((key) => data.columns[key][row]);
     const place = layer === null ? "outside the layers" : `layer ${layer}`;
-    return `${place}, ${role}, neuron ${shown(index)}`;
+    return `${place}, ${role}${expertOf(data, row, ", expert ")}, neuron ${shown(index)}`;
+  }
+
+  // Nothing where a neuron is of no expert.
+  function expertOf(data, row, before) {
+    const expert = data.columns.expert?.[row] ?? null;
+    return expert === null ? "" : `${before}${expert}`;
   }
 
   function showHeader(state) {

@@ -89,7 +89,9 @@ class ActivationSums:
         self, projection: Projection, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
         activations = inputs[0] if projection.axis is Axis.COLUMN else output
-        total = activations[self._mask].abs().sum(0, dtype=torch.float64).cpu()
+        # Some blocks flatten their tokens, text after text.
+        of_tokens = activations.flatten(0, -2)[self._mask.flatten()]
+        total = of_tokens.abs().sum(0, dtype=torch.float64).cpu()
         if not total.isfinite().all():
             raise RunError(
                 f"{projection.name}: an activation is not finite. The model's weights are broken, or too "

@@ -107,7 +107,7 @@ class _WriteThrough(torch.autograd.Function):
             weight = ctx.layer.load().to(dy.dtype)
             # One product of matrices: a batch of products with one weight is several times as slow.
             dx_TI = dy_TO @ (weight.T if ctx.layer.transposed else weight)
-            dx = dx_TI.reshape(*dy.shape[:-1], -1).to(ctx.input_dtype)
+            dx = dx_TI.reshape(*dy.shape[:-1], dx_TI.shape[-1]).to(ctx.input_dtype)
             ctx.layer.release()
         if ctx.needs_input_grad[1]:
             dbias = dy_TO.sum(0)

@@ -39,6 +39,22 @@ class NeftModel(BaseTuner):
             check_gradients_pass(self.model)
         return peft_config
 
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put the layers of an adapter in place; see PEFT's."""
+        if state_dict is not None:
+            # PEFT reads the modules to adapt off the tensors' names; experts share one.
+            state_dict = _named_by_module(state_dict, self.peft_config[adapter_name].neurons)
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+
     @staticmethod
     def _check_target_module_exists(peft_config: NeftConfig, key: str) -> bool:
         assert isinstance(peft_config.neurons, NeuronSet)
@@ -152,6 +168,20 @@ class NeftModel(BaseTuner):
                 "weight. Run one batch per adapter, or convert them by peft.convert_to_lora."
             )
         yield
+
+
+def _named_by_module(
+    state_dict: dict[str, Tensor], neurons: NeuronSet | object
+) -> dict[str, Tensor]:
+    """An adapter's tensors by names that begin with those of modules."""
+    if not isinstance(neurons, NeuronSet):
+        return state_dict
+    modules = {name: projection.module for name, projection in neurons.projections.items()}
+    named = {}
+    for key, tensor in state_dict.items():
+        name, _, rest = key.rpartition(f".{PREFIX}")
+        named[f"{modules.get(_plain_name(name), name)}.{PREFIX}{rest}"] = tensor
+    return named
 
 
 def _as_neft_layer(

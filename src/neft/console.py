@@ -213,7 +213,7 @@ def _estimate_row(stage: StageEstimate) -> dict[str, str]:
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "activa-\ntions": memory.activations + memory.loss,
-        "process": stage.process_bytes,
+        "process": stage.process_bytes + memory.kept_back,
         "peak": stage.peak_bytes,
         "measured": stage.measured_peak_bytes,
         "disk": stage.disk_bytes,
@@ -231,8 +231,9 @@ def _estimate_row(stage: StageEstimate) -> dict[str, str]:
 
 def _show_notes(console: Console, stages: Sequence[StageEstimate]) -> None:
     console.print(
-        "Peak: at the worst moment of the largest batch. Activations include the loss; process is what "
-        "Python and its libraries hold. Disk: while the stage runs, at most.",
+        "Peak: at the worst moment of the largest batch; gradients come as activations go. Activations "
+        "include the loss; process is what Python and its libraries hold, and what was freed and not "
+        "given back. Disk: while the stage runs, at most.",
         soft_wrap=True,
     )
     for note in dict.fromkeys(stage.note for stage in stages if stage.note):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,8 @@ class StageEstimate:
     """Scalars that change; ``None`` where nothing is trained."""
     num_steps: int | None
     """Optimizer steps, or batches that are read."""
+    longest_text: int | None
+    """Tokens a text of the largest batch, padding included; ``None`` where texts are generated."""
     memory: Footprint
     process_bytes: int
     """What Python and its libraries hold; 0 on an accelerator."""
@@ -184,7 +186,7 @@ class Estimator:
         self, stage: str, options: TrainingSection, trained: Trained, calibrate: bool
     ) -> StageEstimate:
         texts = self._texts(stage, options)
-        memory = footprint(self._shape, trained, texts.worst)
+        memory = footprint(self._shape, trained, texts.worst, on_cpu=self._on_cpu)
         neurons = trained.neurons
         result = self._result_bytes(trained)
         num_steps = texts.num_steps
@@ -194,6 +196,7 @@ class Estimator:
             memory,
             num_trainable=trained.num_scalars if neurons is None else neurons.num_parameters,
             num_steps=num_steps,
+            longest_text=texts.worst.length,
             disk_bytes=self._checkpoints_bytes(trained, result, num_steps),
             kept_bytes=result + self._snapshots_bytes(options),
             note=texts.note,
@@ -281,6 +284,7 @@ class Estimator:
             options.method,
             memory,
             num_steps=texts.num_steps,
+            longest_text=texts.worst.length,
             disk_bytes=2 * sums,
             kept_bytes=sums,
             note=texts.note,
@@ -293,7 +297,7 @@ class Estimator:
         kept, loss = activations(self._shape, frozen, batch), loss_bytes(self._shape, batch)
         weights, gradient = frozen.width * self._shape.num_parameters, frozen.width * largest
         return Footprint(
-            weights, 0, gradient, 0, kept, loss, weights + max(kept + loss, kept + gradient)
+            weights, 0, gradient, 0, kept, loss, 0, weights + max(kept + loss, kept + gradient)
         )
 
     def _forward(self, batch: Batch, cache: int = 0, logits: int = 0) -> Footprint:
@@ -302,7 +306,7 @@ class Estimator:
         weights = width * self._shape.num_parameters
         per_token = 3 * self._shape.intermediate + 4 * self._shape.hidden
         kept = cache + width * batch.num_tokens * per_token
-        return Footprint(weights, 0, 0, 0, kept, logits, weights + kept + logits)
+        return Footprint(weights, 0, 0, 0, kept, logits, 0, weights + kept + logits)
 
     def _generating(self, stage: str) -> StageEstimate:
         """Keys and values of prompt and answer in all layers; the prompt itself passes at once."""
@@ -336,7 +340,7 @@ class Estimator:
         matrices = 2 * _FLOAT32 * self._shape.largest
         is_merged = options.method == "lora"
         weights = _FLOAT32 * self._shape.num_parameters * is_merged + matrices
-        memory = Footprint(weights, 0, 0, 0, 0, 0, weights)
+        memory = Footprint(weights, 0, 0, 0, 0, 0, 0, weights)
         method = "cosine" if options.method in ("full", "lora", "none") else options.method
         return self._finished("score", method, memory, kept_bytes=candidates)
 
@@ -347,12 +351,17 @@ class Estimator:
         """Whether the weights are on this machine."""
         return Path(self._recipe.model.path).expanduser().is_dir()
 
+    @property
+    def _on_cpu(self) -> bool:
+        """Where the weights are not here, they are meant for a machine with an accelerator."""
+        import torch
+
+        return self.is_here and not torch.accelerator.is_available()
+
     @cached_property
     def _process_bytes(self) -> int:
         """What is held without a model; an accelerator counts tensors alone."""
-        import torch
-
-        if torch.accelerator.is_available() or not self.is_here:
+        if not self._on_cpu:
             return 0
         # It brings all libraries with it that training needs.
         import neft.sft.train  # noqa: F401
@@ -372,6 +381,7 @@ class Estimator:
         *,
         num_trainable: int | None = None,
         num_steps: int | None = None,
+        longest_text: int | None = None,
         disk_bytes: int | None = None,
         kept_bytes: int = 0,
         note: str = "",
@@ -381,6 +391,7 @@ class Estimator:
             method=method,
             num_trainable=num_trainable,
             num_steps=num_steps,
+            longest_text=longest_text,
             memory=memory,
             process_bytes=self._process_bytes,
             peak_bytes=self._process_bytes + memory.peak,
@@ -501,10 +512,19 @@ def _is_local(source: Any) -> bool:
 
 
 def _encoded(model: ModelSection, data: DataSection) -> Encoded:
-    from neft.models import load_tokenizer
-    from neft.sft.prompts import load_encoded
+    return _encoded_once(model.model_dump_json(), data.model_dump_json())
 
-    return load_encoded(data, "train", load_tokenizer(model))
+
+@lru_cache(maxsize=2)
+def _encoded_once(model: str, data: str) -> Encoded:
+    """The training split, of sections as JSON; several stages and settings have the same."""
+    from neft.models import load_tokenizer
+    from neft.sft.data import load_examples
+    from neft.sft.prompts import encode_all
+
+    section = DataSection.model_validate_json(data)
+    tokenizer = load_tokenizer(ModelSection.model_validate_json(model))
+    return encode_all(load_examples(section, "train"), tokenizer, section)
 
 
 _PATIENCE = 8.0

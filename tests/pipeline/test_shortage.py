@@ -64,8 +64,10 @@ def test_remedies_lower_the_estimate_by_what_they_say(
     tiny_recipe: TinyRecipe, tmp_path: Path
 ) -> None:
     recipe = load_recipe(tiny_recipe(tmp_path, **{"train.batch_size": 16}))
-    now = Estimator(recipe).stage("train")
-    remedies = remedies_of(recipe, now)
+    estimator = Estimator(recipe)
+    now = estimator.stage("train")
+    remedies = remedies_of(estimator, now)
+    assert remedies
     saved = [remedy.saved_bytes for remedy in remedies]
     assert saved == sorted(saved, reverse=True)
     for remedy in remedies:

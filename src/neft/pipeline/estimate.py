@@ -49,6 +49,8 @@ _FLOAT32 = 4
 _FLOAT64 = 8
 # A checkpoint's schedule, random state and settings.
 _TRAINER_FILES = 30_000
+# Measured (docs/estimate.md): buffers of threads and of matrix products, once something is computed.
+_WORKING = 58_000_000
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,28 @@ class Estimator:
     Args:
         recipe: the whole run.
         network: its model's modules; default: ``network_of``.
+        process_bytes: what this process holds without a model; default: as it is when first asked.
     """
 
-    def __init__(self, recipe: Recipe, network: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: nn.Module | None = None,
+        process_bytes: int | None = None,
+    ) -> None:
         self._recipe = recipe
         self._network = network_of(recipe.model) if network is None else network
+        self._given_process_bytes = process_bytes
         self._shape = Shape.of(self._network)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is estimated."""
+        return self._recipe
+
+    def with_recipe(self, recipe: Recipe) -> Estimator:
+        """The same for another recipe of the same model."""
+        return Estimator(recipe, self._network, self._process_bytes)
 
     @property
     def names(self) -> list[str]:
@@ -363,11 +381,13 @@ class Estimator:
         """What is held without a model; an accelerator counts tensors alone."""
         if not self._on_cpu:
             return 0
+        if self._given_process_bytes is not None:
+            return self._given_process_bytes
         # It brings all libraries with it that training needs.
         import neft.sft.train  # noqa: F401
 
         release_free_memory()
-        return resident_memory() or 0
+        return (resident_memory() or 0) + _WORKING
 
     @property
     def _longest_prompt(self) -> int:

@@ -41,7 +41,7 @@ def _estimate(recipe: Recipe, stage: str) -> list[str]:
         if stage not in estimator.names:
             return []
         found = estimator.stage(stage)
-        remedies = remedies_of(recipe, found)
+        remedies = remedies_of(estimator, found)
     except Exception as error:
         # The shortage is the message; what cannot be found out about it must not hide it.
         if not isinstance(error, NeftError) and not is_shortage(error):
@@ -53,20 +53,21 @@ def _estimate(recipe: Recipe, stage: str) -> list[str]:
     return lines
 
 
-def remedies_of(recipe: Recipe, now: StageEstimate) -> list[Remedy]:
+def remedies_of(estimator: Estimator, now: StageEstimate) -> list[Remedy]:
     """Settings each of which alone lowers the memory of a stage, the most effective first.
 
     Args:
-        recipe: as it is now.
-        now: the stage with that.
+        estimator: of the recipe as it is now.
+        now: the stage, by that.
     """
-    found = []
+    recipe, found = estimator.recipe, []
     for settings in _candidates(recipe, now):
         try:
-            changed = Estimator(checked(Recipe, _changed(recipe, settings), "")).stage(now.stage)
+            changed = checked(Recipe, _changed(recipe, settings), "changed recipe")
+            less = estimator.with_recipe(changed).stage(now.stage)
         except UsageError:
             continue  # it does not go with the rest of the recipe
-        saved = now.peak_bytes - changed.peak_bytes
+        saved = now.peak_bytes - less.peak_bytes
         if saved > _WORTH_TELLING * now.peak_bytes:
             found.append(Remedy(settings, saved))
     return sorted(found, key=lambda remedy: -remedy.saved_bytes)

@@ -27,8 +27,10 @@ TensorShape: TypeAlias = tuple[int, ...]
 
 _FLOAT32 = 4
 # Measured (docs/estimate.md): of what comes and goes in a step, the C library gives little back to the
-# system, and holes are filled only by what fits: a CPU process grows beyond what it ever needs at once.
-_KEPT_BACK = 0.45
+# system, and holes are filled only by what fits: a CPU process grows beyond its need.
+# LoRA throws away three products between any two that it keeps.
+_KEPT_BACK = {"neft": 0.3, "lora": 0.7}
+_KEPT_BACK_ELSE = 0.4
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -223,7 +225,8 @@ def footprint(shape: Shape, trained: Trained, batch: Batch, *, on_cpu: bool) -> 
     head = _FLOAT32 * shape.vocabulary * shape.hidden if _trains_head(shape, trained) else 0
     twice = max(head if shape.is_tied else 0, _FLOAT32 * shape.largest * (trained.method == "mask"))
     worst = max(kept + loss, kept + loss // 3 + head, gradients + twice)
-    kept_back = round(_KEPT_BACK * (kept + loss + gradients)) if on_cpu else 0
+    share = _KEPT_BACK.get(trained.method, _KEPT_BACK_ELSE) if on_cpu else 0.0
+    kept_back = round(share * (kept + loss + gradients))
     return Footprint(
         weights=weights,
         vectors=vectors,

@@ -96,15 +96,17 @@ def test_calibration_takes_the_steps_of_training(recipe: Recipe) -> None:
 
 def test_lengths_are_those_of_the_texts(recipe: Recipe) -> None:
     stage = Estimator(recipe).stage("train")
-    assert stage.note == ""
+    assert stage.assumed is None
+    assert stage.not_timed is not None
+    assert "--calibrate" in stage.not_timed
     assert stage.longest_text is not None
     assert stage.longest_text < recipe.data.max_length
     data = recipe.data.model_copy(update={"train": "elsewhere.jsonl"})
     unknown = Estimator(recipe.model_copy(update={"data": data})).stage("train", calibrate=True)
     assert unknown.longest_text == recipe.data.max_length
     assert unknown.memory.loss > stage.memory.loss
-    assert "all of them targets" in unknown.note
-    assert "not timed: the data are not on this machine" in unknown.note
+    assert unknown.assumed == f"texts of {recipe.data.max_length} tokens, all of them targets"
+    assert unknown.not_timed == "the data are not on this machine"
 
 
 def test_epochs_become_steps(recipe: Recipe) -> None:
@@ -124,5 +126,6 @@ def test_comparison_without_weights() -> None:
         # What the outline leaves out comes on top; gradients need not meet activations.
         assert row.estimate.peak_bytes > 0.9 * known.num_bytes
         assert row.estimate.process_bytes == 0
+        assert row.estimate.not_timed == "the weights are not on this machine"
     warmups = [row for row in rows if row.estimate.stage == "warmup"]
     assert [row.task for row in warmups] == list(comparison.tasks)

@@ -76,8 +76,10 @@ class StageEstimate:
     measured_peak_bytes: int | None
     """In the calibration; ``None`` where there was none, or nobody can tell."""
     seconds_per_step: float | None
-    note: str
-    """What the figures assume, and why others are missing."""
+    not_timed: str | None
+    """Why there are no seconds a step, of a stage that has steps."""
+    assumed: str | None
+    """What the figures rest on where it cannot be known."""
 
 
 def estimate(recipe: Recipe, *, calibrate: bool = True) -> list[StageEstimate]:
@@ -217,7 +219,7 @@ class Estimator:
             longest_text=texts.worst.length,
             disk_bytes=self._checkpoints_bytes(trained, result, num_steps),
             kept_bytes=result + self._snapshots_bytes(options),
-            note=texts.note,
+            assumed=texts.assumed,
         )
         return self._calibrated(found, options, trained, texts, calibrate)
 
@@ -258,12 +260,8 @@ class Estimator:
         texts: _Texts,
         calibrate: bool,
     ) -> StageEstimate:
-        if not calibrate:
-            return found
-        if reason := self._why_not(found, texts):
-            return replace(
-                found, note="; ".join(filter(None, (found.note, f"not timed: {reason}")))
-            )
+        if reason := self._why_not(found, texts, calibrate):
+            return replace(found, not_timed=reason)
         trial = _try(self._recipe, options, trained, texts)
         # The first step sets up, the second is the worst.
         seconds = trial.seconds[2:]
@@ -273,15 +271,15 @@ class Estimator:
             measured_peak_bytes=trial.peak_memory_bytes,
         )
 
-    def _why_not(self, found: StageEstimate, texts: _Texts) -> str | None:
+    def _why_not(self, found: StageEstimate, texts: _Texts, calibrate: bool) -> str | None:
         if not self.is_here:
             return "the weights are not on this machine"
         if texts.encoded is None:
             return "the data are not on this machine"
         there = available_memory()
         if there is not None and found.peak_bytes - found.process_bytes > there.free:
-            return f"the {there.place} has {there.free / 1e9:.1f} GB free"
-        return None
+            return f"the {there.place} has only {there.free / 1e9:.1f} GB free"
+        return None if calibrate else "--calibrate would take a few steps"
 
     # --- other stages -------------------------------------------------------------------------------
 
@@ -305,7 +303,7 @@ class Estimator:
             longest_text=texts.worst.length,
             disk_bytes=2 * sums,
             kept_bytes=sums,
-            note=texts.note,
+            assumed=texts.assumed,
         )
 
     def _backward(self, options: TrainingSection, batch: Batch, largest: int) -> Footprint:
@@ -340,7 +338,7 @@ class Estimator:
                 _FLOAT32 + (width if self.trained.method == "neft" else 0)
             )
             memory = replace(memory, vectors=vectors, peak=memory.peak + vectors)
-        return self._finished(stage, "generation", memory)
+        return self._finished(stage, "generate", memory)
 
     def _scoring(self) -> StageEstimate:
         """Two matrices and blocks of them in float64; a merged LoRA is a whole model in memory."""
@@ -404,7 +402,7 @@ class Estimator:
         longest_text: int | None = None,
         disk_bytes: int | None = None,
         kept_bytes: int = 0,
-        note: str = "",
+        assumed: str | None = None,
     ) -> StageEstimate:
         return StageEstimate(
             stage=stage,
@@ -419,7 +417,8 @@ class Estimator:
             kept_bytes=kept_bytes,
             measured_peak_bytes=None,
             seconds_per_step=None,
-            note=note,
+            not_timed=None,
+            assumed=assumed,
         )
 
     def _texts(self, stage: str, options: TrainingSection) -> _Texts:
@@ -497,10 +496,10 @@ class _Texts:
         return math.ceil(options.epochs * math.ceil(len(self.encoded) / examples))
 
     @property
-    def note(self) -> str:
-        """What is assumed."""
+    def assumed(self) -> str | None:
+        """What stands in for texts that are out of reach."""
         if self.encoded is not None:
-            return ""
+            return None
         return f"texts of {self._max_length} tokens, all of them targets"
 
     def sample(self) -> Encoded:

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neft.errors import OutOfMemoryError, UsageError
 from neft.memory import available_memory, release_free_memory, resident_memory
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.pipeline.stages import needs_neurons, stage_names
@@ -102,8 +103,6 @@ def network_of(model: ModelSection) -> nn.Module:
     Raises:
         UsageError: neither can be read.
     """
-    from neft.errors import UsageError
-
     folder = Path(model.path).expanduser()
     if model.config is not None and not folder.is_dir():
         config = Path(model.config).expanduser()
@@ -262,7 +261,10 @@ class Estimator:
     ) -> StageEstimate:
         if reason := self._why_not(found, texts, calibrate):
             return replace(found, not_timed=reason)
-        trial = _try(self._recipe, options, trained, texts)
+        try:
+            trial = _try(self._recipe, options, trained, texts)
+        except (UsageError, OutOfMemoryError) as error:
+            return replace(found, not_timed=str(error))  # what was estimated holds all the same
         # The first step sets up, the second is the worst.
         seconds = trial.seconds[2:]
         return replace(

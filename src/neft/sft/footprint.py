@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from neft.errors import ArchitectureError
 from neft.neurons import Axis, NeuronSet, Projection
 from neft.projections import find_projections
 from neft.recipe import LoraSection, TrainingSection
@@ -60,9 +61,14 @@ class Shape:
         """The sizes of a causal language model of transformers; its weights may be on the meta device.
 
         Raises:
-            ArchitectureError: a network without linear layers.
+            ArchitectureError: a network without linear layers, or without attention.
         """
         config: Any = network.config.get_text_config()  # type: ignore[operator, union-attr]
+        if not hasattr(config, "num_attention_heads"):
+            raise ArchitectureError(
+                f"{type(network).__name__}: its configuration names no attention heads; what other "
+                "layers keep cannot be estimated."
+            )
         projections = find_projections(network, ["*"])
         head_dim = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads

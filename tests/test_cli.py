@@ -346,6 +346,30 @@ def test_run_refuses_before_anything_expensive(
     assert files(tmp_path) == before
 
 
+def test_estimate_of_a_run(tiny_recipe, tmp_path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    shown = call("estimate", recipe)
+    assert shown.exit_code == 0, shown.output
+    rows = {line.split()[0]: line.split() for line in shown.stdout.splitlines() if line.split()}
+    # The last two columns: steps, seconds a step.
+    assert rows["warmup"][1] == "full"
+    assert float(rows["train"][-1]) > 0
+    assert rows["evaluate"][-1] == "-"
+    without = call("estimate", recipe, "--no-calibrate", "--json", "--set", "train.batch_size=2")
+    stages = {stage["stage"]: stage for stage in json.loads(without.stdout)}
+    assert stages["train"]["seconds_per_step"] is None
+    assert stages["train"]["memory"]["gradients"] == 4 * stages["train"]["num_trainable"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_estimate_of_a_comparison_without_weights() -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / "paper" / "table2.yaml"
+    shown = call("estimate", recipe, "--set", "seeds=[0]")
+    assert shown.exit_code == 0, shown.output
+    assert "614.4M" in shown.stdout  # NeFT 9%: 150,000 neurons of length 4096
+    assert "all of them targets" in shown.stdout
+
+
 def test_status_of_no_run(tmp_path) -> None:
     result = call("status", tmp_path)
     assert result.exit_code == 2

@@ -1,6 +1,20 @@
+import mmap
+import subprocess
+import sys
+
+import numpy as np
+import pytest
 import torch
 
-from neft.memory import peak_memory, release_free_memory, reset_peak_memory
+from neft.errors import OutOfMemoryError
+from neft.memory import (
+    available_memory,
+    naming_shortage,
+    peak_memory,
+    release_free_memory,
+    reset_peak_memory,
+    resident_memory,
+)
 
 MEGABYTE = 2**20
 
@@ -36,3 +50,61 @@ def test_freed_memory_does_not_count_in_what_comes_next() -> None:
     assert before is not None
     assert after is not None
     assert before - after > 200e6
+
+
+# More than any machine can address; every attempt really fails.
+BEYOND = 2**50
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(BEYOND, dtype=torch.uint8),
+        lambda: np.empty(BEYOND, dtype=np.uint8),
+        lambda: bytearray(BEYOND),
+        lambda: mmap.mmap(-1, BEYOND),
+    ],
+    ids=["torch", "numpy", "python", "system"],
+)
+def test_failed_allocations_are_one_error(allocate) -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match="step 3: memory ran out") as told,
+        naming_shortage(lambda: "step 3"),
+    ):
+        allocate()
+    assert told.value.__cause__ is not None
+
+
+def test_other_errors_pass() -> None:
+    for error in (RuntimeError("shapes differ"), OSError(2, "No such file"), KeyError("x")):
+        with pytest.raises(type(error)), naming_shortage(lambda: "step 3"):
+            raise error
+
+
+def test_what_is_held_and_what_there_is() -> None:
+    before = resident_memory()
+    tensor = torch.ones(64 * MEGABYTE)
+    after = resident_memory()
+    there = available_memory()
+    assert before is not None
+    assert after is not None
+    assert there is not None
+    assert after - before > 200 * MEGABYTE
+    assert tensor.nbytes < there.total
+    assert 0 < there.free < there.total
+
+
+def test_the_tightest_limit_counts() -> None:
+    limited = (
+        "import resource, torch; from neft.memory import available_memory;"
+        "resource.setrlimit(resource.RLIMIT_AS, (10**11, 10**11));"
+        "resource.setrlimit(resource.RLIMIT_AS, (10**10, 10**10));"
+        "there = available_memory(); print(there.place, there.total, there.free > 10**6)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", limited], capture_output=True, text=True, check=True
+    )
+    place, total, has_some = ended.stdout.split()
+    # A machine with less memory than that is the tighter of the two.
+    assert (place == "process" and total == str(10**10)) or place in ("machine", "container")
+    assert has_some == "True"

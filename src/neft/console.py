@@ -182,7 +182,7 @@ def show_row_estimates(rows: Sequence[RowEstimate]) -> None:
 
 def _estimates(stages: Mapping[str, StageEstimate], title: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", collapse_padding=True)
-    table.add_column("" if title is None else "row")
+    table.add_column("" if title is None else "row", overflow="fold")
     rows = {name: _estimate_row(stage) for name, stage in stages.items()}
     columns = next(iter(rows.values()))
     # What no stage has, as nothing was measured, say, would only take room.
@@ -202,7 +202,7 @@ def _estimates(stages: Mapping[str, StageEstimate], title: str | None = None) ->
     return table
 
 
-_ALWAYS = ("s a step",)
+_ALWAYS = ("s a\nstep",)
 
 
 def _estimate_row(stage: StageEstimate) -> dict[str, str]:
@@ -210,10 +210,10 @@ def _estimate_row(stage: StageEstimate) -> dict[str, str]:
     sizes = {
         "weights": memory.weights,
         "vectors": memory.vectors,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
+        "gra-\ndients": memory.gradients,
+        "opti-\nmizer": memory.optimizer,
         "activa-\ntions": memory.activations + memory.loss,
-        "process": stage.process_bytes,
+        "process": stage.process_bytes + memory.kept_back,
         "peak": stage.peak_bytes,
         "measured": stage.measured_peak_bytes,
         "disk": stage.disk_bytes,
@@ -221,22 +221,33 @@ def _estimate_row(stage: StageEstimate) -> dict[str, str]:
     trained, seconds = stage.num_trainable, stage.seconds_per_step
     return (
         {"method": stage.method, "trained": "-" if trained is None else f"{trained / 1e6:.1f}M"}
-        | {name: size(num_bytes) if num_bytes else "-" for name, num_bytes in sizes.items()}
+        | {name: _rounded(num_bytes) for name, num_bytes in sizes.items()}
         | {
             "steps": "-" if stage.num_steps is None else f"{stage.num_steps:,}",
-            "s a step": "-" if seconds is None else f"{seconds:.2f}",
+            "s a\nstep": "-" if seconds is None else f"{seconds:.2f}",
         }
     )
 
 
+def _rounded(num_bytes: int | None) -> str:
+    """Bytes to three digits: an estimate has no more."""
+    if not num_bytes:
+        return "-"
+    digits = 3 - len(str(num_bytes))
+    return size(round(num_bytes, min(0, digits))).replace(".0 ", " ")
+
+
 def _show_notes(console: Console, stages: Sequence[StageEstimate]) -> None:
     console.print(
-        "Peak: at the worst moment of the largest batch. Activations include the loss; process is what "
-        "Python and its libraries hold. Disk: while the stage runs, at most.",
+        "Peak: at the worst moment of the largest batch; gradients come as activations go. Activations "
+        "include the loss; process is what Python and its libraries hold, and what was freed and not "
+        "given back. Disk: while the stage runs, at most.",
         soft_wrap=True,
     )
-    for note in dict.fromkeys(stage.note for stage in stages if stage.note):
-        console.print(f"Assumed: {note}.", soft_wrap=True)
+    for assumed in dict.fromkeys(stage.assumed for stage in stages if stage.assumed):
+        console.print(f"Assumed: {assumed}.", soft_wrap=True)
+    for reason in dict.fromkeys(stage.not_timed for stage in stages if stage.not_timed):
+        console.print(f"No seconds a step: {reason}.", soft_wrap=True)
 
 
 def show_comparison(compared: Compared) -> None:

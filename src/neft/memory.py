@@ -17,6 +17,12 @@ from neft.errors import OutOfMemoryError
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
+_GROUPS = Path("/sys/fs/cgroup")
+# Limit and use, by both versions of control groups.
+_CONTAINER = (
+    (_GROUPS / "memory.max", _GROUPS / "memory.current"),
+    (_GROUPS / "memory/memory.limit_in_bytes", _GROUPS / "memory/memory.usage_in_bytes"),
+)
 # What the kernel understands as: forget the highest use so far (proc(5)).
 _FORGET_PEAK = "5"
 
@@ -64,13 +70,16 @@ class Available:
     """The memory that training has, in bytes."""
 
     place: str
-    """``GPU`` or ``machine``."""
+    """What it belongs to: ``GPU``, ``machine``, ``container`` or ``process``."""
     total: int
     free: int
 
 
 def available_memory() -> Available | None:
-    """Of the accelerator if there is one, else of the machine; ``None`` on platforms that cannot tell."""
+    """Of the accelerator if there is one, else what is tightest of machine, container and process.
+
+    ``None`` on platforms that cannot tell.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -78,8 +87,26 @@ def available_memory() -> Available | None:
         return Available("GPU", total, free)
     if not _MACHINE.is_file():
         return None
+    return min((_of_machine(), *_limits()), key=lambda there: there.free)
+
+
+def _of_machine() -> Available:
     total, free = (_kilobytes(_MACHINE, name) * 1024 for name in ("MemTotal", "MemAvailable"))
     return Available("machine", total, free)
+
+
+def _limits() -> Iterator[Available]:
+    """What the machine's user has been given of it, where that is limited."""
+    import resource
+
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        yield Available("process", space, space - _kilobytes(_STATUS, "VmSize") * 1024)
+    for limit, used in _CONTAINER:
+        # Where there is no limit, it says "max", or a number beyond all machines.
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            total = int(text)
+            yield Available("container", total, total - int(used.read_text()))
 
 
 def _kilobytes(file: Path, name: str) -> int:

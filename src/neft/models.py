@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from neft.errors import CheckpointError
+from neft.memory import is_shortage
 from neft.recipe import ModelSection
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        if is_shortage(error):
+            raise  # of memory: nothing is wrong with the checkpoint
         raise _not_loadable(model, "model", error) from error
     # transformers fills what does not fit with random numbers, and only logs it.
     if mismatched := sorted(report["mismatched_keys"]):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neft.errors import AdapterError, CheckpointError, NeftError
+from neft.memory import is_shortage
 from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.pipeline.store import new_folder
 from neft.recipe import ModelSection, Recipe
@@ -67,6 +68,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         SafetensorError,
         UserWarning,
     ) as error:
+        if is_shortage(error):
+            raise  # of memory: nothing is wrong with the adapter
         raise AdapterError(f"{folder}: cannot be put on this model: {error}") from error
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neft.errors import OutOfMemoryError, UsageError
 from neft.memory import available_memory, release_free_memory, resident_memory
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.pipeline.stages import needs_neurons, stage_names
@@ -49,6 +50,8 @@ _FLOAT32 = 4
 _FLOAT64 = 8
 # A checkpoint's schedule, random state and settings.
 _TRAINER_FILES = 30_000
+# Measured (docs/estimate.md): buffers of threads and of matrix products, once something is computed.
+_WORKING = 58_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class StageEstimate:
     """Scalars that change; ``None`` where nothing is trained."""
     num_steps: int | None
     """Optimizer steps, or batches that are read."""
+    longest_text: int | None
+    """Tokens a text of the largest batch, padding included; ``None`` where texts are generated."""
     memory: Footprint
     process_bytes: int
     """What Python and its libraries hold; 0 on an accelerator."""
@@ -72,8 +77,10 @@ class StageEstimate:
     measured_peak_bytes: int | None
     """In the calibration; ``None`` where there was none, or nobody can tell."""
     seconds_per_step: float | None
-    note: str
-    """What the figures assume, and why others are missing."""
+    not_timed: str | None
+    """Why there are no seconds a step, of a stage that has steps."""
+    assumed: str | None
+    """What the figures rest on where it cannot be known."""
 
 
 def estimate(recipe: Recipe, *, calibrate: bool = True) -> list[StageEstimate]:
@@ -96,8 +103,6 @@ def network_of(model: ModelSection) -> nn.Module:
     Raises:
         UsageError: neither can be read.
     """
-    from neft.errors import UsageError
-
     folder = Path(model.path).expanduser()
     if model.config is not None and not folder.is_dir():
         config = Path(model.config).expanduser()
@@ -113,12 +118,28 @@ class Estimator:
     Args:
         recipe: the whole run.
         network: its model's modules; default: ``network_of``.
+        process_bytes: what this process holds without a model; default: as it is when first asked.
     """
 
-    def __init__(self, recipe: Recipe, network: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: nn.Module | None = None,
+        process_bytes: int | None = None,
+    ) -> None:
         self._recipe = recipe
         self._network = network_of(recipe.model) if network is None else network
+        self._given_process_bytes = process_bytes
         self._shape = Shape.of(self._network)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is estimated."""
+        return self._recipe
+
+    def with_recipe(self, recipe: Recipe) -> Estimator:
+        """The same for another recipe of the same model."""
+        return Estimator(recipe, self._network, self._process_bytes)
 
     @property
     def names(self) -> list[str]:
@@ -184,7 +205,7 @@ class Estimator:
         self, stage: str, options: TrainingSection, trained: Trained, calibrate: bool
     ) -> StageEstimate:
         texts = self._texts(stage, options)
-        memory = footprint(self._shape, trained, texts.worst)
+        memory = footprint(self._shape, trained, texts.worst, on_cpu=self._on_cpu)
         neurons = trained.neurons
         result = self._result_bytes(trained)
         num_steps = texts.num_steps
@@ -194,9 +215,10 @@ class Estimator:
             memory,
             num_trainable=trained.num_scalars if neurons is None else neurons.num_parameters,
             num_steps=num_steps,
+            longest_text=texts.worst.length,
             disk_bytes=self._checkpoints_bytes(trained, result, num_steps),
             kept_bytes=result + self._snapshots_bytes(options),
-            note=texts.note,
+            assumed=texts.assumed,
         )
         return self._calibrated(found, options, trained, texts, calibrate)
 
@@ -237,13 +259,12 @@ class Estimator:
         texts: _Texts,
         calibrate: bool,
     ) -> StageEstimate:
-        if not calibrate:
-            return found
-        if reason := self._why_not(found, texts):
-            return replace(
-                found, note="; ".join(filter(None, (found.note, f"not timed: {reason}")))
-            )
-        trial = _try(self._recipe, options, trained, texts)
+        if reason := self._why_not(found, texts, calibrate):
+            return replace(found, not_timed=reason)
+        try:
+            trial = _try(self._recipe, options, trained, texts)
+        except (UsageError, OutOfMemoryError) as error:
+            return replace(found, not_timed=str(error))  # what was estimated holds all the same
         # The first step sets up, the second is the worst.
         seconds = trial.seconds[2:]
         return replace(
@@ -252,15 +273,15 @@ class Estimator:
             measured_peak_bytes=trial.peak_memory_bytes,
         )
 
-    def _why_not(self, found: StageEstimate, texts: _Texts) -> str | None:
+    def _why_not(self, found: StageEstimate, texts: _Texts, calibrate: bool) -> str | None:
         if not self.is_here:
             return "the weights are not on this machine"
         if texts.encoded is None:
             return "the data are not on this machine"
         there = available_memory()
         if there is not None and found.peak_bytes - found.process_bytes > there.free:
-            return f"the {there.place} has {there.free / 1e9:.1f} GB free"
-        return None
+            return f"the {there.place} has only {there.free / 1e9:.1f} GB free"
+        return None if calibrate else "--calibrate would take a few steps"
 
     # --- other stages -------------------------------------------------------------------------------
 
@@ -281,9 +302,10 @@ class Estimator:
             options.method,
             memory,
             num_steps=texts.num_steps,
+            longest_text=texts.worst.length,
             disk_bytes=2 * sums,
             kept_bytes=sums,
-            note=texts.note,
+            assumed=texts.assumed,
         )
 
     def _backward(self, options: TrainingSection, batch: Batch, largest: int) -> Footprint:
@@ -293,7 +315,7 @@ class Estimator:
         kept, loss = activations(self._shape, frozen, batch), loss_bytes(self._shape, batch)
         weights, gradient = frozen.width * self._shape.num_parameters, frozen.width * largest
         return Footprint(
-            weights, 0, gradient, 0, kept, loss, weights + max(kept + loss, kept + gradient)
+            weights, 0, gradient, 0, kept, loss, 0, weights + max(kept + loss, kept + gradient)
         )
 
     def _forward(self, batch: Batch, cache: int = 0, logits: int = 0) -> Footprint:
@@ -302,7 +324,7 @@ class Estimator:
         weights = width * self._shape.num_parameters
         per_token = 3 * self._shape.intermediate + 4 * self._shape.hidden
         kept = cache + width * batch.num_tokens * per_token
-        return Footprint(weights, 0, 0, 0, kept, logits, weights + kept + logits)
+        return Footprint(weights, 0, 0, 0, kept, logits, 0, weights + kept + logits)
 
     def _generating(self, stage: str) -> StageEstimate:
         """Keys and values of prompt and answer in all layers; the prompt itself passes at once."""
@@ -318,7 +340,7 @@ class Estimator:
                 _FLOAT32 + (width if self.trained.method == "neft" else 0)
             )
             memory = replace(memory, vectors=vectors, peak=memory.peak + vectors)
-        return self._finished(stage, "generation", memory)
+        return self._finished(stage, "generate", memory)
 
     def _scoring(self) -> StageEstimate:
         """Two matrices and blocks of them in float64; a merged LoRA is a whole model in memory."""
@@ -336,7 +358,7 @@ class Estimator:
         matrices = 2 * _FLOAT32 * self._shape.largest
         is_merged = options.method == "lora"
         weights = _FLOAT32 * self._shape.num_parameters * is_merged + matrices
-        memory = Footprint(weights, 0, 0, 0, 0, 0, weights)
+        memory = Footprint(weights, 0, 0, 0, 0, 0, 0, weights)
         method = "cosine" if options.method in ("full", "lora", "none") else options.method
         return self._finished("score", method, memory, kept_bytes=candidates)
 
@@ -347,18 +369,25 @@ class Estimator:
         """Whether the weights are on this machine."""
         return Path(self._recipe.model.path).expanduser().is_dir()
 
+    @property
+    def _on_cpu(self) -> bool:
+        """Where the weights are not here, they are meant for a machine with an accelerator."""
+        import torch
+
+        return self.is_here and not torch.accelerator.is_available()
+
     @cached_property
     def _process_bytes(self) -> int:
         """What is held without a model; an accelerator counts tensors alone."""
-        import torch
-
-        if torch.accelerator.is_available() or not self.is_here:
+        if not self._on_cpu:
             return 0
+        if self._given_process_bytes is not None:
+            return self._given_process_bytes
         # It brings all libraries with it that training needs.
         import neft.sft.train  # noqa: F401
 
         release_free_memory()
-        return resident_memory() or 0
+        return (resident_memory() or 0) + _WORKING
 
     @property
     def _longest_prompt(self) -> int:
@@ -372,15 +401,17 @@ class Estimator:
         *,
         num_trainable: int | None = None,
         num_steps: int | None = None,
+        longest_text: int | None = None,
         disk_bytes: int | None = None,
         kept_bytes: int = 0,
-        note: str = "",
+        assumed: str | None = None,
     ) -> StageEstimate:
         return StageEstimate(
             stage=stage,
             method=method,
             num_trainable=num_trainable,
             num_steps=num_steps,
+            longest_text=longest_text,
             memory=memory,
             process_bytes=self._process_bytes,
             peak_bytes=self._process_bytes + memory.peak,
@@ -388,7 +419,8 @@ class Estimator:
             kept_bytes=kept_bytes,
             measured_peak_bytes=None,
             seconds_per_step=None,
-            note=note,
+            not_timed=None,
+            assumed=assumed,
         )
 
     def _texts(self, stage: str, options: TrainingSection) -> _Texts:
@@ -466,10 +498,10 @@ class _Texts:
         return math.ceil(options.epochs * math.ceil(len(self.encoded) / examples))
 
     @property
-    def note(self) -> str:
-        """What is assumed."""
+    def assumed(self) -> str | None:
+        """What stands in for texts that are out of reach."""
         if self.encoded is not None:
-            return ""
+            return None
         return f"texts of {self._max_length} tokens, all of them targets"
 
     def sample(self) -> Encoded:
@@ -501,10 +533,19 @@ def _is_local(source: Any) -> bool:
 
 
 def _encoded(model: ModelSection, data: DataSection) -> Encoded:
-    from neft.models import load_tokenizer
-    from neft.sft.prompts import load_encoded
+    return _encoded_once(model.model_dump_json(), data.model_dump_json())
 
-    return load_encoded(data, "train", load_tokenizer(model))
+
+@lru_cache(maxsize=2)
+def _encoded_once(model: str, data: str) -> Encoded:
+    """The training split, of sections as JSON; several stages and settings have the same."""
+    from neft.models import load_tokenizer
+    from neft.sft.data import load_examples
+    from neft.sft.prompts import encode_all
+
+    section = DataSection.model_validate_json(data)
+    tokenizer = load_tokenizer(ModelSection.model_validate_json(model))
+    return encode_all(load_examples(section, "train"), tokenizer, section)
 
 
 _PATIENCE = 8.0

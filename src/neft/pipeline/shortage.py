@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
-from neft.errors import NeftError
+from neft.errors import NeftError, UsageError
 from neft.memory import available_memory, is_shortage
 from neft.pipeline.estimate import Estimator, StageEstimate
-from neft.recipe import Recipe, TrainingSection
+from neft.recipe import Recipe, TrainingSection, checked
 
 _MEGABYTE = 10**6
 # What lowers the peak by less is no remedy.
@@ -43,7 +41,7 @@ def _estimate(recipe: Recipe, stage: str) -> list[str]:
         if stage not in estimator.names:
             return []
         found = estimator.stage(stage)
-        remedies = remedies_of(recipe, stage, found.peak_bytes)
+        remedies = remedies_of(estimator, found)
     except Exception as error:
         # The shortage is the message; what cannot be found out about it must not hide it.
         if not isinstance(error, NeftError) and not is_shortage(error):
@@ -55,45 +53,45 @@ def _estimate(recipe: Recipe, stage: str) -> list[str]:
     return lines
 
 
-def remedies_of(recipe: Recipe, stage: str, peak_bytes: int) -> list[Remedy]:
+def remedies_of(estimator: Estimator, now: StageEstimate) -> list[Remedy]:
     """Settings each of which alone lowers the memory of a stage, the most effective first.
 
     Args:
-        recipe: as it is now.
-        stage: one that can be estimated.
-        peak_bytes: its estimate.
+        estimator: of the recipe as it is now.
+        now: the stage, by that.
     """
-    found = []
-    for settings in _candidates(recipe, stage):
-        changed = _changed(recipe, settings)
-        if changed is None:
-            continue
-        saved = peak_bytes - Estimator(changed).stage(stage).peak_bytes
-        if saved > _WORTH_TELLING * peak_bytes:
+    recipe, found = estimator.recipe, []
+    for settings in _candidates(recipe, now):
+        try:
+            changed = checked(Recipe, _changed(recipe, settings), "changed recipe")
+            less = estimator.with_recipe(changed).stage(now.stage)
+        except UsageError:
+            continue  # it does not go with the rest of the recipe
+        saved = now.peak_bytes - less.peak_bytes
+        if saved > _WORTH_TELLING * now.peak_bytes:
             found.append(Remedy(settings, saved))
     return sorted(found, key=lambda remedy: -remedy.saved_bytes)
 
 
-def _candidates(recipe: Recipe, stage: str) -> Iterator[dict[str, Any]]:
+def _candidates(recipe: Recipe, now: StageEstimate) -> Iterator[dict[str, Any]]:
+    stage, longest = now.stage, now.longest_text or recipe.data.max_length
     if recipe.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}
     if stage == "warmup":
         assert recipe.warmup is not None
-        yield from _of_training(stage, recipe.warmup, recipe)
+        yield from _of_training(stage, recipe.warmup, longest)
         if recipe.warmup.trains:
             yield {"warmup.method": "gradient"}
             yield {"warmup.method": "activation"}
     elif stage == "train":
-        yield from _of_training(stage, recipe.train, recipe)
+        yield from _of_training(stage, recipe.train, longest)
         if recipe.train.method == "mask":
             yield {"train.method": "neft"}
     else:
         yield from _of_generation(recipe)
 
 
-def _of_training(
-    section: str, options: TrainingSection, recipe: Recipe
-) -> Iterator[dict[str, Any]]:
+def _of_training(section: str, options: TrainingSection, longest: int) -> Iterator[dict[str, Any]]:
     if options.batch_size > 1:
         # Accumulated gradients make the same step of smaller batches.
         half = {f"{section}.batch_size": options.batch_size // 2}
@@ -101,7 +99,7 @@ def _of_training(
             half[f"{section}.gradient_accumulation"] = 2 * options.gradient_accumulation
         yield half
     yield {f"{section}.gradient_checkpointing": True}
-    yield {"data.max_length": max(1, recipe.data.max_length // 2)}
+    yield {"data.max_length": max(1, longest // 2)}
     yield {f"{section}.optimizer": "adafactor"}
     if options.gradient_accumulation == 1:
         yield {f"{section}.in_backward": True}
@@ -115,16 +113,13 @@ def _of_generation(recipe: Recipe) -> Iterator[dict[str, Any]]:
     yield {"evaluate.max_new_tokens": max(1, options.max_new_tokens // 2)}
 
 
-def _changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe | None:
-    """The recipe with other settings; ``None`` where they do not go with the rest of it."""
+def _changed(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the recipe with other settings, unchecked."""
     fields = recipe.model_dump()
     for place, value in settings.items():
         section, key = place.split(".")
         fields[section][key] = value
-    try:
-        return Recipe.model_validate(fields)
-    except ValidationError:
-        return None
+    return fields
 
 
 def _estimated(found: StageEstimate) -> str:
@@ -137,6 +132,7 @@ def _estimated(found: StageEstimate) -> str:
         "activations": memory.activations,
         "loss": memory.loss,
         "Python and libraries": found.process_bytes,
+        "freed but not given back": memory.kept_back,
     }
     told = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.items() if size)
     return f"Estimated: {_megabytes(found.peak_bytes)} at the peak ({told})."

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from neft.errors import ArchitectureError
 from neft.neurons import Axis, NeuronSet, Projection
 from neft.projections import find_projections
 from neft.recipe import LoraSection, TrainingSection
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 TensorShape: TypeAlias = tuple[int, ...]
 
 _FLOAT32 = 4
+# Measured (docs/estimate.md): of what comes and goes in a step, the C library gives little back to the
+# system, and holes are filled only by what fits: a CPU process grows beyond its need.
+# LoRA throws away three products between any two that it keeps.
+_KEPT_BACK = {"neft": 0.3, "lora": 0.7}
+_KEPT_BACK_ELSE = 0.4
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -55,9 +61,14 @@ class Shape:
         """The sizes of a causal language model of transformers; its weights may be on the meta device.
 
         Raises:
-            ArchitectureError: a network without linear layers.
+            ArchitectureError: a network without linear layers, or without attention.
         """
         config: Any = network.config.get_text_config()  # type: ignore[operator, union-attr]
+        if not hasattr(config, "num_attention_heads"):
+            raise ArchitectureError(
+                f"{type(network).__name__}: its configuration names no attention heads; what other "
+                "layers keep cannot be estimated."
+            )
         projections = find_projections(network, ["*"])
         head_dim = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
@@ -161,6 +172,8 @@ class Footprint:
     """What the layers keep for the backward pass."""
     loss: int
     """Logits of the target positions, and what is made of them."""
+    kept_back: int
+    """Memory that was freed and not given back to the system; on the CPU alone."""
     peak: int
     """The sum at the worst moment. Gradients come as activations go, so it is less than all parts."""
 
@@ -200,8 +213,15 @@ def trained_tensors(
     return [(len(neurons[name]), projections[name].vector_length) for name in neurons.modules()]
 
 
-def footprint(shape: Shape, trained: Trained, batch: Batch) -> Footprint:
-    """Estimate the memory of the worst step of a training run."""
+def footprint(shape: Shape, trained: Trained, batch: Batch, *, on_cpu: bool) -> Footprint:
+    """Estimate the memory of the worst step of a training run.
+
+    Args:
+        shape: of the model.
+        trained: what is trained, and how.
+        batch: the largest.
+        on_cpu: whether memory is that of a process, and not of an accelerator.
+    """
     weights, vectors = _weights(shape, trained), _vectors(trained)
     gradients, optimizer = _gradients(shape, trained), _optimizer(trained)
     kept = activations(shape, trained, batch)
@@ -211,6 +231,8 @@ def footprint(shape: Shape, trained: Trained, batch: Batch) -> Footprint:
     head = _FLOAT32 * shape.vocabulary * shape.hidden if _trains_head(shape, trained) else 0
     twice = max(head if shape.is_tied else 0, _FLOAT32 * shape.largest * (trained.method == "mask"))
     worst = max(kept + loss, kept + loss // 3 + head, gradients + twice)
+    share = _KEPT_BACK.get(trained.method, _KEPT_BACK_ELSE) if on_cpu else 0.0
+    kept_back = round(share * (kept + loss + gradients))
     return Footprint(
         weights=weights,
         vectors=vectors,
@@ -218,7 +240,8 @@ def footprint(shape: Shape, trained: Trained, batch: Batch) -> Footprint:
         optimizer=optimizer,
         activations=kept,
         loss=loss,
-        peak=weights + vectors + optimizer + worst,
+        kept_back=kept_back,
+        peak=weights + vectors + optimizer + worst + kept_back,
     )
 
 
@@ -301,12 +324,20 @@ def _layer(shape: Shape, trained: Trained, batch: Batch) -> int:
 
 def _first_layer(shape: Shape, trained: Trained, batch: Batch) -> int:
     """The same of the layer below which nothing is trained, for methods that do not train embeddings."""
-    if trained.method == "lora":
+    if not _only_in_out(trained):
         return _layer(shape, trained, batch) - _FLOAT32 * batch.num_tokens * shape.hidden
-    # Of in and out neurons: the gradient goes no further than the feed-forward layer's inputs.
+    # The gradient goes no further than the inputs of the feed-forward layer.
     factor = trained.width * shape.intermediate if shape.is_gated else 0
     per_token = _linear_inputs(shape, trained) + factor
     return batch.num_tokens * per_token
+
+
+def _only_in_out(trained: Trained) -> bool:
+    """Whether nothing is trained but up and down projections, or neurons of them."""
+    neurons = trained.neurons
+    if neurons is None:
+        return trained.method == "in_out"
+    return all(neurons.projections[name].role in ("up", "down") for name in neurons.modules())
 
 
 def _norms(shape: Shape, trained: Trained) -> int:
@@ -322,16 +353,26 @@ def _feed_forward(shape: Shape, trained: Trained) -> int:
 def _attention(shape: Shape, trained: Trained, batch: Batch) -> int:
     """Rotated queries, keys, values, their result; a log-sum a head and position; the mask as numbers.
 
-    With a mask, keys and values are repeated for all the heads that share them.
+    With a mask, keys and values are repeated for all the heads that share them. The eager kind keeps
+    probabilities ``[N, S]`` a token instead, and the result only where the next layer's weight needs it.
     """
-    keys = shape.queries if batch.is_padded else shape.keys
-    kept = batch.num_tokens * trained.width * (2 * shape.queries + 2 * keys)
+    is_eager = trained.attention == "eager"
+    keys = shape.queries if batch.is_padded or is_eager else shape.keys
+    result = 0 if is_eager and not _needs_result(trained) else shape.queries
+    kept = batch.num_tokens * trained.width * (shape.queries + 2 * keys + result)
     positions = batch.num_tokens * shape.num_heads
-    if trained.attention == "eager":
+    if is_eager:
         copy = 0 if trained.width == _FLOAT32 else trained.width
         return kept + positions * batch.length * (_FLOAT32 + copy)
     mask = batch.num_tokens * batch.length * trained.width if batch.is_padded else 0
     return kept + positions * _FLOAT32 + mask
+
+
+def _needs_result(trained: Trained) -> bool:
+    """Whether the output projection has a gradient that reads its input as it is."""
+    lora = trained.lora
+    as_it_is = lora is not None and trained.width == _FLOAT32 and not lora.dropout
+    return trained.trains_norms or as_it_is
 
 
 def _linear_inputs(shape: Shape, trained: Trained) -> int:

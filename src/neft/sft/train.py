@@ -556,14 +556,16 @@ def try_steps(
         RunError: a loss or gradient that is not finite, or too little memory.
     """
     check_inputs(method, neurons, lora)
+    # One more step than there are batches for, so that nothing is evaluated and saved in the end.
     examples = options.batch_size * options.gradient_accumulation
     num_steps = len(batches) // examples
-    # One more than there are batches for, so that nothing is evaluated and saved in the end.
     length = {"steps": num_steps + 1, "epochs": None, "evaluate_every": num_steps + 2}
+    options = options.model_copy(update=length | {"group_by_length": False, "report_to": ()})
+    check_machine(model, options)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         run = _Run(
             model=model,
-            options=options.model_copy(update=length | {"group_by_length": False, "report_to": ()}),
+            options=options,
             method=method,
             neurons=neurons,
             lora=lora,

@@ -304,7 +304,7 @@ def _train(run: _Run) -> None:
 def _set_up(run: _Run, last: Path | None) -> TargetTrainer:
     """A trainer, and a note of what is trained beside the checkpoints to come."""
     base = _base(run, last)
-    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    num_parameters = base.num_parameters()  # knows how many weights a quantized tensor packs
     trainer = _trainer(run, prepare(base, run.method, run.neurons, run.lora))
     _check_within(run, trainer.args)
     plan = {
@@ -347,6 +347,7 @@ def _check_within(run: _Run, settings: SFTConfig) -> None:
 def _trainer(run: _Run, model: nn.Module) -> TargetTrainer:
     # Like lengths side by side: little padding. The development loss does not depend on the order.
     by_length = sorted(range(len(run.dev)), key=lambda i: len(run.dev.input_ids[i]))
+    masters = [(p, p.data) for p in model.parameters() if p.requires_grad]
     try:
         trainer = TargetTrainer(
             model=model,
@@ -358,6 +359,10 @@ def _trainer(run: _Run, model: nn.Module) -> TargetTrainer:
         )
     except ValueError as error:
         raise UsageError(f"This training cannot be set up here: {error}") from error
+    for parameter, values in masters:
+        # TRL rounds what is trained over a quantized base to bfloat16.
+        if parameter.dtype != values.dtype:
+            parameter.data = values.to(parameter.device)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):

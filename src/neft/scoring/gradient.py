@@ -161,8 +161,8 @@ def _check_not_transposed(name: str, layer: Any) -> None:
     # transformers notes what a layer was before it was quantized.
     if issubclass(getattr(layer, "source_cls", type(layer)), Conv1D):
         raise ArchitectureError(
-            f"{name}: was a Conv1D before it was quantized, and lies otherwise since, so that its gradient "
-            "does not tell which neurons. Find them by activation, or without quantization."
+            f"{name}: was a Conv1D before it was quantized, and lies otherwise since, so that its "
+            "gradient does not tell which neurons. Find them by activation, or without quantization."
         )
 
 
@@ -175,7 +175,7 @@ class _WeightGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, take: Callable[[Tensor], None]
+        ctx: Any, y: Tensor, x: Tensor, _anchor: Tensor, take: Callable[[Tensor], None]
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.take = take

@@ -94,6 +94,8 @@ def _configure(
     if not debug:
         # What one library tells the authors of another is no business of a user's.
         warnings.simplefilter("ignore", FutureWarning)
+        for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+            logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @_training_command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -9,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from neft.errors import CheckpointError
+from neft.errors import CheckpointError, UsageError
 from neft.memory import is_shortage
-from neft.recipe import ModelSection
+from neft.quantized import keep_format
+from neft.recipe import ModelSection, Quantization
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a causal language model, on the CPU and in evaluation mode.
+    """Load a causal language model, in evaluation mode: on the CPU, or on the accelerator if quantized.
 
     Weights are read from safetensors only, never from pickles; code that the checkpoint ships runs
     only if ``model.trust_remote_code`` says so.
@@ -54,18 +56,22 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
 
     Raises:
         CheckpointError: no such folder or Hub id, not a causal language model, torn or missing weights.
+        UsageError: quantization that this machine cannot do.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     _check_folder(model)
+    check_quantization(model)
+    held_in = dtype or getattr(torch, model.dtype)
     try:
         with quiet_transformers():
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 _location(model),
                 revision=model.revision,
-                dtype=dtype or getattr(torch, model.dtype),
+                dtype=held_in,
+                quantization_config=_quantization_config(model.quantization, held_in),
                 attn_implementation=model.attn_implementation,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
@@ -88,8 +94,51 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
             f"{model.path}: {len(missing)} tensors of a {type(loaded).__name__} are missing, "
             f"e.g. {missing[0]}. The checkpoint is torn, or holds another kind of model."
         )
+    keep_format(loaded)
     result: PreTrainedModel = loaded
     return result
+
+
+def check_quantization(model: ModelSection) -> None:
+    """Find out before anything expensive whether the model can be quantized here.
+
+    Raises:
+        UsageError: bitsandbytes is not installed, or does not run on the accelerator.
+    """
+    if model.quantization is None:
+        return
+    wanted = f"model.quantization is {model.quantization!r}, for which"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"{wanted} bitsandbytes is needed: pip install 'neft[quantized]'.")
+    import bitsandbytes
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cpu" if accelerator is None else accelerator.type
+    if kind not in bitsandbytes.supported_torch_devices:
+        raise UsageError(
+            f"{wanted} bitsandbytes {bitsandbytes.__version__} has no kernels on {kind}. It runs on "
+            f"{', '.join(sorted(bitsandbytes.supported_torch_devices))}."
+        )
+
+
+def _quantization_config(
+    quantization: Quantization | None, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    from transformers import BitsAndBytesConfig
+
+    match quantization:
+        case "4bit":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        case "8bit":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        case None:
+            return None
 
 
 def load_tokenizer(

@@ -70,6 +70,22 @@ def _not_yet_quantized(layer: nn.Module) -> UsageError:
     )
 
 
+def values_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of what ``dequantized`` returns."""
+    import torch
+
+    weight: Any = layer.weight
+    match type(weight).__name__:
+        case "Params4bit":
+            found = torch.float32 if weight.quant_state is None else weight.quant_state.dtype
+        case "Int8Params":
+            found = torch.float32
+        case _:
+            found = weight.dtype
+    dtype: torch.dtype = found
+    return dtype
+
+
 def compute_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
     """In which dtype a quantized layer multiplies for an input ``x``."""
     dtype: torch.dtype = getattr(layer, "compute_dtype", None) or x.dtype

@@ -42,6 +42,7 @@ Rate: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
 RateOrZero: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
 Percent: TypeAlias = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False), _Number]
 MethodName: TypeAlias = Literal["full", "embed", "in_out", "lora", "mask", "neft"]
+Quantization: TypeAlias = Literal["4bit", "8bit"]
 Task: TypeAlias = Literal["translation", "summarization", "classification", "prompt", "chat"]
 
 
@@ -61,6 +62,10 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype in which frozen weights are held during training and evaluation; the warm-up and the
     trained neurons are always float32."""
+    quantization: Quantization | None = None
+    """Hold the frozen weights of all linear layers but the LM head in fewer bits, by bitsandbytes:
+    ``4bit`` is NF4 as in QLoRA, ``8bit`` LLM.int8; the rest, and the products, are in ``dtype``. For the
+    methods ``neft`` and ``lora``."""
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     """Run Python code that the checkpoint ships. Off unless you trust its author."""
@@ -551,6 +556,28 @@ class Recipe(Section):
         if self.train.lora is not None and self.train.lora.match and self.select is None:
             raise ValueError(
                 "train.lora.match 'neft' needs the section select, whose budget it matches"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_stay_frozen(self) -> Recipe:
+        bits = self.model.quantization
+        if bits is None:
+            return self
+        if self.train.method not in ("neft", "lora"):
+            raise ValueError(
+                f"train.method {self.train.method!r} trains the model's own weights, which "
+                f"model.quantization {bits!r} makes integers; choose neft or lora"
+            )
+        if self.warmup is not None and self.warmup.method == "full":
+            raise ValueError(
+                "warmup.method 'full' trains all weights, which model.quantization "
+                f"{bits!r} makes integers; choose lora, gradient, activation, norm or none"
+            )
+        if self.analysis is not None:
+            raise ValueError(
+                f"the section analysis compares weights, which model.quantization {bits!r} rounds by "
+                "more than training moves them; remove one of the two"
             )
         return self
 

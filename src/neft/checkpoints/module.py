@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neft.checkpoints.source import TensorInfo, WeightSource
 from neft.errors import CheckpointError
 from neft.projections import as_module
+from neft.quantized import dequantized, quantized_layers, values_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +19,7 @@ _WRAPPED = ("base_layer", "original_module")
 
 
 class ModuleWeights(WeightSource):
-    """Weights of a live module, under the names of the plain model.
+    """Weights of a live module, under the names of the plain model, dequantized.
 
     Of a module wrapped by PEFT these are the weights of its base: an adapter counts as far as it is
     merged into them.
@@ -33,10 +35,17 @@ class ModuleWeights(WeightSource):
         states = self._network.state_dict(keep_vars=True)
         names = dict(_plain_parameters(self._network))
         self._parameters: Mapping[str, Tensor] = {name: states[key] for key, name in names.items()}
-        self.tensors = {
-            name: TensorInfo(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
-            for name, parameter in self._parameters.items()
+        quantized = {f"{path}.weight": layer for path, layer in quantized_layers(self._network)}
+        self._quantized: Mapping[str, Any] = {
+            name: quantized[key] for key, name in names.items() if key in quantized
         }
+        self.tensors = {name: self._info(name) for name in self._parameters}
+
+    def _info(self, name: str) -> TensorInfo:
+        tensor, layer = self._parameters[name], self._quantized.get(name)
+        shape = tensor.shape if layer is None else (layer.out_features, layer.in_features)
+        dtype = tensor.dtype if layer is None else values_dtype(layer)
+        return TensorInfo(tuple(shape), str(dtype).removeprefix("torch."))
 
     @property
     def network(self) -> nn.Module:
@@ -44,8 +53,8 @@ class ModuleWeights(WeightSource):
 
     @property
     def num_parameters(self) -> int:
-        unique = {id(parameter): parameter.numel() for parameter in self._parameters.values()}
-        return sum(unique.values())
+        unique = {id(tensor): self.tensors[name].shape for name, tensor in self._parameters.items()}
+        return sum(math.prod(shape) for shape in unique.values())
 
     def _read(self, name: str, index: int | None) -> Tensor:
         parameter = self._parameters[name].detach()
@@ -54,6 +63,8 @@ class ModuleWeights(WeightSource):
                 f"{self.label}: {name} is on the meta device and has no data. Load the model without "
                 "offloading, or give its folder."
             )
+        if (layer := self._quantized.get(name)) is not None:
+            return dequantized(layer).cpu()
         return (parameter if index is None else parameter[index]).cpu()
 
 

@@ -72,7 +72,7 @@ def _outline(comparison: Comparison, network: nn.Module, task: str, entry: Metho
         entry.method,
         trained,
         100 * trained / total,
-        memory_bytes(network, train, trained, recipe.model.dtype),
+        memory_bytes(network, train, trained, recipe.model.dtype, recipe.model.quantization),
         num_runs,
         note,
         entry.learning_rates or (),

@@ -10,7 +10,7 @@ import yaml
 from neft.errors import UsageError
 from neft.evaluation import check_metrics
 from neft.files import write_json, write_text
-from neft.models import load_tokenizer
+from neft.models import check_quantization, load_tokenizer
 from neft.pipeline.identity import model_identity
 from neft.pipeline.probing import check_probe
 from neft.pipeline.selection import choose, unscored, with_rank
@@ -72,6 +72,7 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
     from neft.sft.counting import num_trainable
     from neft.sft.train import check_machine
 
+    check_quantization(recipe.model)
     if recipe.warmup is not None and recipe.warmup.trains:
         check_machine(recipe.model, recipe.warmup, recipe.distributed, recipe.warmup.method)
     check_machine(recipe.model, recipe.train, recipe.distributed, recipe.train.method)

@@ -72,12 +72,13 @@ def _moved(scores: NeuronScores) -> NeuronScores:
 
 
 def merged(model: ModelSection, adapter: Path) -> WeightSource:
-    """Base and adapter as one, in float32: in 16 bits, short steps would be lost to rounding.
+    """Base and adapter as one, in float32: in fewer bits, short steps would be lost to rounding.
 
     Raises:
         AdapterError: the adapter is incomplete, or does not fit the base.
     """
     from neft.models import load_model
 
-    tuned: Any = load_adapter(load_model(model.model_copy(update={"dtype": "float32"})), adapter)
+    whole = model.model_copy(update={"dtype": "float32", "quantization": None})
+    tuned: Any = load_adapter(load_model(whole), adapter)
     return open_weights(tuned.merge_and_unload())

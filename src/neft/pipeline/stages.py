@@ -143,9 +143,10 @@ class _Content:
     @property
     def model(self) -> dict[str, Any]:
         """The base model."""
-        return {"model": self._model} | self.section(
-            "model", without=("path", "revision", "config")
-        )
+        elsewhere = ("path", "revision", "config")
+        # Without quantization, a run is the same as before there was any.
+        absent = () if self._recipe.model.quantization else ("quantization",)
+        return {"model": self._model} | self.section("model", without=(*elsewhere, *absent))
 
     @property
     def warmup(self) -> dict[str, Any]:

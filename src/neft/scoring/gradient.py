@@ -24,13 +24,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
-from neft.errors import DataError, DivergenceError
+from neft.errors import ArchitectureError, DataError, DivergenceError
 from neft.memory import naming_shortage
 from neft.neurons import NeuronScores, Projection
 from neft.projections import find_projections
+from neft.quantized import is_quantized
 from neft.scoring.neuron_vectors import SMALLEST, neuron_vectors
 
 if TYPE_CHECKING:
@@ -90,9 +92,16 @@ class GradientSigns:
                 undo.callback(parameter.requires_grad_, before)
                 parameter.requires_grad_(False)
             for name, projections in self._by_parameter(model).items():
-                weight = model.get_parameter(name)
-                weight.requires_grad_(True)
-                hook = weight.register_post_accumulate_grad_hook(partial(self._take, projections))
+                layer = model.get_submodule(projections[0].module)
+                if is_quantized(layer):
+                    _check_not_transposed(projections[0].module, layer)
+                    watch = partial(self._watch_quantized, projections)
+                    hook = layer.register_forward_hook(watch)
+                else:
+                    weight = model.get_parameter(name)
+                    weight.requires_grad_(True)
+                    take = partial(self._take, projections)
+                    hook = weight.register_post_accumulate_grad_hook(take)
                 undo.callback(hook.remove)
             yield
 
@@ -103,9 +112,24 @@ class GradientSigns:
             table.setdefault(projection.parameter, []).append(projection)
         return table
 
+    def _watch_quantized(
+        self,
+        projections: Sequence[Projection],
+        _layer: nn.Module,
+        inputs: tuple[Tensor, ...],
+        output: Tensor,
+    ) -> Tensor:
+        anchor = torch.zeros((), requires_grad=True)
+        add = partial(self._add, projections)
+        watched: Tensor = _WeightGradient.apply(output, inputs[0], anchor, add)
+        return watched
+
     def _take(self, projections: Sequence[Projection], weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
+        self._add(projections, gradient)
+
+    def _add(self, projections: Sequence[Projection], gradient: Tensor) -> None:
         for projection in projections:
             name, part = projection.name, projection.weight_in(gradient)
             if not part.isfinite().all():
@@ -143,6 +167,37 @@ class GradientSigns:
             across = moves.square().sum(1) - along.square() / squared
             parts.append(across.clamp(min=0) / (2 * squared))
         return torch.cat(parts).numpy()
+
+
+def _check_not_transposed(name: str, layer: Any) -> None:
+    # transformers notes what a layer was before it was quantized.
+    if issubclass(getattr(layer, "source_cls", type(layer)), Conv1D):
+        raise ArchitectureError(
+            f"{name}: was a Conv1D before it was quantized, and lies otherwise since, so that its "
+            "gradient does not tell which neurons. Find them by activation, or without quantization."
+        )
+
+
+class _WeightGradient(torch.autograd.Function):
+    """The identity in the output ``y`` of a quantized layer; takes the gradient of its weight.
+
+    Integers have none of their own. The anchor, of no effect, makes the output require a gradient also
+    where no trained weight lies below.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, _anchor: Tensor, take: Callable[[Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.take(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(dy.dtype))
+        return dy, None, None, None
 
 
 def _own_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from neft.recipe import TrainSection
+from neft.recipe import Quantization, TrainSection
 from neft.sft.methods import find_method, lora_projections
 
 if TYPE_CHECKING:
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 _BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+# With its scales: a byte for 64 weights in 4 bits, themselves scaled by four for 256.
+_QUANTIZED_BYTES: dict[Quantization, float] = {"4bit": 0.5 + (1 + 4 / 256) / 64, "8bit": 1.0}
 
 
 def num_trainable(
@@ -61,7 +63,13 @@ def _lora_parameters_of_one_rank(network: nn.Module) -> int:
     )
 
 
-def memory_bytes(network: nn.Module, train: TrainSection, num_trainable: int, dtype: DType) -> int:
+def memory_bytes(
+    network: nn.Module,
+    train: TrainSection,
+    num_trainable: int,
+    dtype: DType,
+    quantization: Quantization | None = None,
+) -> int:
     """Estimate the memory that training keeps from step to step, without activations.
 
     With ``P`` parameters of the base model, ``T`` trained ones, and ``b`` bytes in ``dtype``:
@@ -74,16 +82,22 @@ def memory_bytes(network: nn.Module, train: TrainSection, num_trainable: int, dt
     ========================  =====================================================================
 
     In 16 bits the first four also keep a copy of the weights for the products, another ``b P``.
+    Quantized, ``b`` is about 0.52 or 1 for all linear layers but the LM head, and nothing is displaced.
 
     Args:
         network: the base model; its parameters may be on the meta device.
         train: its method.
         num_trainable: as ``num_trainable`` counts.
         dtype: ``model.dtype`` of the recipe.
+        quantization: ``model.quantization``; only with ``lora`` and ``neft``.
     """
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     width = _BYTES[dtype]
     if find_method(train.method).makes_adapter:
+        if quantization is not None:
+            packed = sum(p.num_neurons * p.vector_length for p in lora_projections(network))
+            frozen = width * (num_parameters - packed) + _QUANTIZED_BYTES[quantization] * packed
+            return round(frozen) + 16 * num_trainable
         displaced = width * num_trainable if train.method == "neft" else 0
         return width * num_parameters + 16 * num_trainable + displaced
     copies = 0 if dtype == "float32" else width * num_parameters

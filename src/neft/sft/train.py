@@ -346,7 +346,7 @@ def _take_steps(trainer: TargetTrainer, options: TrainingSection, last: Path | N
 def _set_up(run: _Run, last: Path | None) -> TargetTrainer:
     """A trainer, and a note of what is trained beside the checkpoints to come."""
     base = _base(run, last)
-    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    num_parameters = base.num_parameters()  # knows how many weights a quantized tensor packs
     trainer = _trainer(run, prepare(base, run.method, run.neurons, run.lora))
     _check_within(run, trainer.args)
     if not processes.is_first():
@@ -393,6 +393,7 @@ def _trainer(run: _Run, model: nn.Module) -> TargetTrainer:
     # Every process must have as many batches: fillers make up for what is missing.
     several = processes.num_processes() > 1
     num_missing = -len(run.dev) % run.options.batch_size if several else 0
+    masters = [(p, p.data) for p in model.parameters() if p.requires_grad]
     try:
         trainer = TargetTrainer(
             model=model,
@@ -404,6 +405,10 @@ def _trainer(run: _Run, model: nn.Module) -> TargetTrainer:
         )
     except ValueError as error:
         raise UsageError(f"This training cannot be set up here: {error}") from error
+    for parameter, values in masters:
+        # TRL rounds what is trained over a quantized base to bfloat16.
+        if parameter.dtype != values.dtype:
+            parameter.data = values.to(parameter.device)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
@@ -561,7 +566,8 @@ def try_steps(
     num_steps = len(batches) // examples
     length = {"steps": num_steps + 1, "epochs": None, "evaluate_every": num_steps + 2}
     options = options.model_copy(update=length | {"group_by_length": False, "report_to": ()})
-    check_machine(model, options)
+    alone = DistributedSection()
+    check_machine(model, options, alone, method)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         run = _Run(
             model=model,
@@ -573,7 +579,7 @@ def try_steps(
             tokenizer=load_tokenizer(model),
             train=batches,
             dev=batches,
-            distributed=DistributedSection(),
+            distributed=alone,
         )
         trainer = _trainer(run, prepare(_base(run, None), method, neurons, lora))
         trainer.args.train_sampling_strategy = "sequential"

@@ -392,8 +392,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if self._quantized:
             raise UsageError(
                 f"{self.name}: its quantized weight cannot hold the vectors of {names} unrounded. "
-                "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit base "
-                "run neft merge ADAPTER --base MODEL."
+                "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit "
+                "base, run neft merge ADAPTER --base MODEL."
             )
         together = (*self.merged_adapters, *names)
         self._check_disjoint(together)

@@ -92,7 +92,7 @@ class _Run:
     seed: int = 0
     folder: Path
     snapshots: tuple[int, ...] = ()
-    distributed: DistributedSection
+    distributed: DistributedSection = DistributedSection()
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     dev: Encoded

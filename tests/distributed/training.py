@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from subprocess import run
+from subprocess import CompletedProcess, Popen
 from typing import Any
 
 import pytest
@@ -79,12 +79,18 @@ def by_several(cases: Mapping[str, Case], folder: Path) -> dict[str, str | None]
     return json.loads(told.read_text())
 
 
-def launch(num_processes: int, command: list[str], **options: Any) -> Any:
-    """Start a command by torchrun, to its end."""
+def launch(num_processes: int, command: list[str], **options: Any) -> CompletedProcess[str]:
+    """Start a command by torchrun, and wait for its end."""
+    launched = launching(num_processes, command, **options)
+    stdout, stderr = launched.communicate(timeout=300)
+    return CompletedProcess(command, launched.returncode, stdout, stderr)
+
+
+def launching(num_processes: int, command: list[str], **options: Any) -> Popen[str]:
+    """Start a command by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     arguments = [sys.executable, *launcher, str(num_processes), *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return run(arguments, env=environment, text=True, timeout=300, check=False, **options)
+    return Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **options)
 
 
 def _carry_out(case: Case) -> str | None:
@@ -107,9 +113,10 @@ def begin(case: Case) -> None:
         if state.global_step == case.killed_at:
             raise Killed
 
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(StopOnSignal, "on_step_begin", on_step_begin)
-        case.carry_out()
+        with pytest.raises(Killed):
+            case.carry_out()
 
 
 def _main(given: Path, told: Path) -> None:

@@ -56,6 +56,7 @@ RECORD = "training.json"
 _HISTORY = ("step", "loss", "grad_norm", "learning_rate")
 SNAPSHOTS = "snapshots"
 """Holds a folder like the result for each step whose weights were to be kept."""
+_BY_DEFAULT = DistributedSection()
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class _Run:
     seed: int = 0
     folder: Path
     snapshots: tuple[int, ...] = ()
-    distributed: DistributedSection = DistributedSection()
+    distributed: DistributedSection = _BY_DEFAULT
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     dev: Encoded
@@ -144,7 +145,7 @@ def train(
     seed: int = 0,
     folder: str | os.PathLike[str],
     snapshots: Sequence[int] = (),
-    distributed: DistributedSection | None = None,
+    distributed: DistributedSection = _BY_DEFAULT,
 ) -> TrainingResult:
     """Fine-tune ``model`` and keep the weights with the lowest development loss.
 
@@ -177,7 +178,6 @@ def train(
     """
     check_inputs(method, neurons, lora)
     _check_options(method, options, snapshots)
-    distributed = distributed or DistributedSection()
     check_machine(model, options, distributed, method)
     tokenizer = load_tokenizer(model)
     train_split, dev_split = (load_encoded(data, split, tokenizer) for split in ("train", "dev"))

@@ -413,7 +413,7 @@ def _settings(run: _Run) -> SFTConfig:
     # Frozen 16-bit weights set the dtype of the products by themselves; float32 masters need autocast.
     # float16 needs the loss scaling that comes with it in any case.
     masters = not METHODS[run.method].makes_adapter
-    return SFTConfig(
+    settings = SFTConfig(
         output_dir=str(run.checkpoints),
         max_steps=options.steps or -1,
         num_train_epochs=options.epochs or 1.0,
@@ -454,6 +454,9 @@ def _settings(run: _Run) -> SFTConfig:
         report_to=list(options.report_to) or "none",
         **engine_settings(run.distributed),
     )
+    # Or the trainer would spread one process over all accelerators that it sees, with a batch for each.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
 
 
 def _dataset(encoded: Encoded, order: Iterable[int], num_fillers: int) -> Dataset:

@@ -45,8 +45,8 @@ def check_engine(
         return
     if engine.startswith("zero"):
         raise UsageError(
-            f"distributed.engine {engine} is not to be had yet: DeepSpeed resumes from pickles, which are "
-            "never loaded here. Use fsdp2, which divides the same things among processes."
+            f"distributed.engine {engine} is not to be had yet: DeepSpeed resumes from pickles, which "
+            "are never loaded here. Use fsdp2, which divides the same things among processes."
         )
     if method == "mask":
         raise UsageError(

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from neft import NeftConfig, NeuronSet, processes
 from neft.projections import find_projections
+from neft.scoring import score_neurons
 from neft.sft.sharded import gather_trained, whole
 
 
@@ -102,10 +103,38 @@ def _distances(folder: str, way: str, tokens: Tensor) -> dict[str, float]:
     }
 
 
+def _live_scores(folder: str, tokens: Tensor) -> float:
+    """How far scores of a sharded model after a full fine-tune are from those of a whole one."""
+    reference, model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    expected = _fully_tuned(reference, tokens)
+    half = tokens.shape[1] // processes.num_processes()
+    start = half * processes.process_index()
+    with processes.process_group("live"):
+        for layer in model.model.layers:
+            fully_shard(layer)
+        found = _fully_tuned(fully_shard(model), tokens[:, start : start + half])
+        scores = score_neurons(folder, found)
+    wanted = score_neurons(folder, expected)
+    return max(
+        float((abs(scores.distances[name] / distances - 1)).max())
+        for name, distances in wanted.distances.items()
+    )
+
+
+def _fully_tuned(model: Any, tokens: Tensor) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for ids in tokens:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
 def _main(folder: str, told: Path) -> None:
     torch.set_num_threads(1)
     tokens = torch.randint(3, 100, (2, 4, 12), generator=torch.Generator().manual_seed(0))
-    distances = {way: _distances(folder, way, tokens) for way in WAYS}
+    distances: dict[str, Any] = {way: _distances(folder, way, tokens) for way in WAYS}
+    distances["live scores"] = _live_scores(folder, tokens)
     if processes.is_first():
         told.write_text(json.dumps(distances))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import layers
 import pytest
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def distances(
-    tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, float]]:
+def distances(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("layers")
     tiny_model().save_pretrained(folder / "model")
     told = folder / "told.json"
@@ -25,9 +23,13 @@ def distances(
 
 
 @pytest.mark.parametrize("way", layers.WAYS)
-def test_as_in_one_process(distances: dict[str, dict[str, float]], way: str) -> None:
+def test_as_in_one_process(distances: dict[str, Any], way: str) -> None:
     found = distances[way]
     is_rounded = way == "16 bits"
     assert found["frozen"] == found["narrow"] == 0
     assert found["vectors"] < (5e-3 if is_rounded else 1e-5) < found["moved"]
     assert found["untouched"] < (5e-2 if is_rounded else 1e-5)
+
+
+def test_a_sharded_model_is_scored_as_it_is(distances: dict[str, Any]) -> None:
+    assert distances["live scores"] < 1e-3

@@ -20,7 +20,8 @@ class ModuleWeights(WeightSource):
     """Weights of a live module, under the names of the plain model.
 
     Of a module wrapped by PEFT these are the weights of its base: an adapter counts as far as it is
-    merged into them.
+    merged into them. Where processes share them (FSDP2), all must read the same, and each weight is
+    gathered when it is read, in every process.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,7 +55,18 @@ class ModuleWeights(WeightSource):
                 f"{self.label}: {name} is on the meta device and has no data. Load the model without "
                 "offloading, or give its folder."
             )
-        return parameter.cpu()
+        return gathered(parameter).cpu()
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor with the shares of all processes, where it is shared; all of them must call this."""
+    from torch import distributed
+
+    if not distributed.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:

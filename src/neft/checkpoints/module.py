@@ -22,7 +22,8 @@ class ModuleWeights(WeightSource):
     """Weights of a live module, under the names of the plain model, dequantized.
 
     Of a module wrapped by PEFT these are the weights of its base: an adapter counts as far as it is
-    merged into them.
+    merged into them. Where processes share them (FSDP2), all must read the same, and each weight is
+    gathered when it is read, in every process.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -65,7 +66,19 @@ class ModuleWeights(WeightSource):
             )
         if (layer := self._quantized.get(name)) is not None:
             return dequantized(layer).cpu()
-        return (parameter if index is None else parameter[index]).cpu()
+        whole = gathered(parameter)
+        return (whole if index is None else whole[index]).cpu()
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor with the shares of all processes, where it is shared; all of them must call this."""
+    from torch import distributed
+
+    if not distributed.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from neft import processes
@@ -13,11 +12,6 @@ from neft.recipe import DistributedSection, ModelSection, TrainingSection
 def engine_name(distributed: DistributedSection) -> str | None:
     """The engine that trains in this launch; ``None`` in one process, which needs none."""
     return distributed.engine if processes.num_processes() > 1 else None
-
-
-def is_sharded(engine: str | None) -> bool:
-    """Whether a process has but a share of the weights."""
-    return engine in ("fsdp2", "zero3")
 
 
 def share(batch_size: int) -> int:
@@ -49,6 +43,11 @@ def check_engine(
         )
     if engine == "ddp":
         return
+    if engine.startswith("zero"):
+        raise UsageError(
+            f"distributed.engine {engine} is not to be had yet: DeepSpeed resumes from pickles, which "
+            "are never loaded here. Use fsdp2, which divides the same things among processes."
+        )
     if method == "mask":
         raise UsageError(
             f"Method 'mask' masks gradients of whole weights, and {engine} divides them among "
@@ -64,11 +63,6 @@ def check_engine(
             f"Adafactor needs rows and columns of whole weights, and {engine} divides them among "
             "processes. Use optimizer adamw, or distributed.engine ddp."
         )
-    if engine.startswith("zero") and find_spec("deepspeed") is None:
-        raise UsageError(
-            f"distributed.engine {engine} is DeepSpeed's, which is not installed: pip install "
-            "deepspeed. Or use fsdp2, which comes with torch."
-        )
 
 
 def engine_settings(distributed: DistributedSection) -> dict[str, Any]:
@@ -79,7 +73,7 @@ def engine_settings(distributed: DistributedSection) -> dict[str, Any]:
             return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
         case "fsdp2":
             return {"fsdp": True, "fsdp_config": _fsdp_config(distributed)}
-        case _:
+        case _:  # one process
             return {}
 
 

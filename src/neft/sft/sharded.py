@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from neft.checkpoints.module import gathered
 from neft.files import write_json
 
 # Of weights that are in the first process's memory at a time, beside a single larger tensor.
@@ -26,8 +27,7 @@ _FILE_BYTES = 2**30
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the shares of all processes, on the CPU; all must call this, in the same order."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return gathered(tensor.detach()).cpu()
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:

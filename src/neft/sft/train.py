@@ -64,6 +64,7 @@ RECORD = "training.json"
 _HISTORY = ("step", "loss", "grad_norm", "learning_rate")
 SNAPSHOTS = "snapshots"
 """Holds a folder like the result for each step whose weights were to be kept."""
+_BY_DEFAULT = DistributedSection()
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _Run:
     seed: int = 0
     folder: Path
     snapshots: tuple[int, ...] = ()
-    distributed: DistributedSection
+    distributed: DistributedSection = _BY_DEFAULT
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     dev: Encoded
@@ -152,7 +153,7 @@ def train(
     seed: int = 0,
     folder: str | os.PathLike[str],
     snapshots: Sequence[int] = (),
-    distributed: DistributedSection | None = None,
+    distributed: DistributedSection = _BY_DEFAULT,
 ) -> TrainingResult:
     """Fine-tune ``model`` and keep the weights with the lowest development loss.
 
@@ -185,7 +186,6 @@ def train(
     """
     check_inputs(method, neurons, lora)
     _check_options(method, options, snapshots)
-    distributed = distributed or DistributedSection()
     check_machine(model, options, distributed, method)
     tokenizer = load_tokenizer(model)
     train_split, dev_split = (load_encoded(data, split, tokenizer) for split in ("train", "dev"))
@@ -425,7 +425,7 @@ def _settings(run: _Run) -> SFTConfig:
     # Frozen 16-bit weights set the dtype of the products by themselves; float32 masters need autocast.
     # float16 needs the loss scaling that comes with it in any case.
     masters = not METHODS[run.method].makes_adapter
-    return SFTConfig(
+    settings = SFTConfig(
         output_dir=str(run.checkpoints),
         max_steps=options.steps or -1,
         num_train_epochs=options.epochs or 1.0,
@@ -466,6 +466,9 @@ def _settings(run: _Run) -> SFTConfig:
         report_to=list(options.report_to) or "none",
         **engine_settings(run.distributed),
     )
+    # Or the trainer would spread one process over all accelerators that it sees, with a batch for each.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
 
 
 def _dataset(encoded: Encoded, order: Iterable[int], num_fillers: int) -> Dataset:

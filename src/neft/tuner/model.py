@@ -193,8 +193,10 @@ def _as_neft_layer(
 
 
 def _plain_name(key: str) -> str:
-    """A name in the model without the wrappers of ``torch.compile`` and FSDP."""
-    return key.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+    """A name in the model without the wrappers of ``torch.compile``, FSDP and checkpointing."""
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        key = key.replace(wrapper, "")
+    return key
 
 
 def _check_fits(neurons: NeuronSet, model: nn.Module) -> None:

@@ -1,0 +1,35 @@
+"""NeFT layers under every way in which torch shares a model out, without the package's own trainer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import layers
+import pytest
+from training import launch
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+
+@pytest.fixture(scope="module")
+def distances(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("layers")
+    tiny_model().save_pretrained(folder / "model")
+    told = folder / "told.json"
+    launch(2, [layers.__file__, str(folder / "model"), str(told)]).check_returncode()
+    return json.loads(told.read_text())
+
+
+@pytest.mark.parametrize("way", layers.WAYS)
+def test_as_in_one_process(distances: dict[str, Any], way: str) -> None:
+    found = distances[way]
+    is_rounded = way == "16 bits"
+    assert found["frozen"] == found["narrow"] == 0
+    assert found["vectors"] < (5e-3 if is_rounded else 1e-5) < found["moved"]
+    assert found["untouched"] < (5e-2 if is_rounded else 1e-5)
+
+
+def test_a_sharded_model_is_scored_as_it_is(distances: dict[str, Any]) -> None:
+    assert distances["live scores"] < 1e-3

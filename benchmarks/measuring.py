@@ -7,11 +7,15 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,6 +51,35 @@ def ratio(
     """
     values = [upper / lower for upper, lower in zip(uppers, lowers, strict=True)]
     return Ratio(name, statistics.median(values), min(values), max(values), target)
+
+
+def in_turn(tasks: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each task returned in each round; all run side by side in this process.
+
+    Args:
+        tasks: by name; they run in this order in every round.
+        rounds: counted rounds. One before them warms up: files in the page cache, pools of memory.
+    """
+    returned: dict[str, list[T]] = {name: [] for name in tasks}
+    for number in range(rounds + 1):
+        for name, task in tasks.items():
+            result = task()
+            if number:
+                returned[name].append(result)
+        print(f"\rround {number}/{rounds}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return returned
+
+
+def timed(task: Callable[[], object]) -> Callable[[], float]:
+    """``task`` made to return the seconds that it took."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        task()
+        return time.perf_counter() - start
+
+    return run
 
 
 def resident_bytes(field: str) -> int:

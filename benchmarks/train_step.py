@@ -90,7 +90,7 @@ def build_model(preset: Preset) -> Any:
     )
 
 
-def random_neurons(model: Any, percent: float) -> Any:
+def random_neurons(model: Any, percent: float, seed: int = 0) -> Any:
     """A random choice of in and out neurons: which ones makes no difference to the speed."""
     import numpy as np
 
@@ -102,7 +102,7 @@ def random_neurons(model: Any, percent: float) -> Any:
         {p.name: np.zeros(p.num_neurons) for p in projections},
         total_parameters=sum(p.numel() for p in model.parameters()),
     )
-    return scores.select(percent=percent, which="random")
+    return scores.select(percent=percent, which="random", seed=seed)
 
 
 def equal_rank(model: Any, budget: int) -> int:

@@ -13,25 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llama import Shape
-from measuring import (
-    Ratio,
-    in_turn,
-    ratio,
-    resident_bytes,
-    restart_peak,
-    timed,
-    write_figures,
-)
+from measuring import Ratio, in_turn, peak_apart, ratio, timed, write_figures
 
 DTYPES = ("bfloat16", "float32")
 SECONDS_TARGET = 2.0
@@ -138,29 +129,14 @@ def score(before: Path, after: Path) -> None:
 METHODS: dict[str, Callable[[Path, Path], None]] = {"read": read, "scoring": score}
 
 
-def peak_of(method: str, pair: tuple[Path, Path]) -> int:
-    """Peak memory in bytes of a method in a process of its own, above that of the bare interpreter."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_report_peak, args=(method, pair, theirs))
-    process.start()
-    peak: int = ours.recv()
-    process.join()
-    return peak
-
-
-def _report_peak(method: str, pair: tuple[Path, Path], pipe: Connection) -> None:
-    import torch  # noqa: F401
-
-    from neft import find_projections, score_neurons  # noqa: F401
+def prepared(method: str, pair: tuple[Path, Path]) -> Callable[[], None]:
+    """The method with all its imports done."""
+    from neft import score_neurons  # noqa: F401
     from neft.checkpoints import open_weights
 
     # Building the network imports its class.
     _ = open_weights(pair[0]).network
-    before = resident_bytes("VmRSS")
-    restart_peak()
-    METHODS[method](*pair)
-    pipe.send(resident_bytes("VmHWM") - before)
+    return partial(METHODS[method], *pair)
 
 
 def run(preset: Preset, folder: Path) -> dict[str, Any]:
@@ -169,14 +145,16 @@ def run(preset: Preset, folder: Path) -> dict[str, Any]:
     for dtype in DTYPES:
         pair = write_pair(folder, preset, dtype)
         seconds = in_turn(
-            {name: timed(lambda method=method: method(*pair)) for name, method in METHODS.items()},
+            {name: timed(partial(method, *pair)) for name, method in METHODS.items()},
             preset.rounds,
         )
         results[dtype] = {
-            "stored_bytes": sum(f.stat().st_size for side in pair for f in side.glob("*.safetensors")),
+            "stored_bytes": sum(
+                f.stat().st_size for side in pair for f in side.glob("*.safetensors")
+            ),
             "largest_pair_bytes": largest_pair(preset.shape, dtype),
             "methods": {
-                name: {"seconds": seconds[name], "peak_bytes": peak_of(name, pair)}
+                name: {"seconds": seconds[name], "peak_bytes": peak_apart(prepared, name, pair)}
                 for name in METHODS
             },
         }

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,6 +55,35 @@ def ratio(
     return Ratio(name, statistics.median(values), min(values), max(values), target)
 
 
+def in_turn(tasks: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each task returned in each round; all run side by side in this process.
+
+    Args:
+        tasks: by name; they run in this order in every round.
+        rounds: counted rounds. One before them warms up: files in the page cache, pools of memory.
+    """
+    returned: dict[str, list[T]] = {name: [] for name in tasks}
+    for number in range(rounds + 1):
+        for name, task in tasks.items():
+            result = task()
+            if number:
+                returned[name].append(result)
+        print(f"\rround {number}/{rounds}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return returned
+
+
+def timed(task: Callable[[], object]) -> Callable[[], float]:
+    """``task`` made to return the seconds that it took."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        task()
+        return time.perf_counter() - start
+
+    return run
+
+
 def resident_bytes(field: str) -> int:
     """``VmRSS`` (now) or ``VmHWM`` (peak) of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -60,6 +95,34 @@ def resident_bytes(field: str) -> int:
 def restart_peak() -> None:
     """Let ``VmHWM`` count from here: without what imports and preparations held for a while."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_apart(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """Peak memory in bytes of a task that runs in a process of its own.
+
+    Args:
+        prepare: a module's function that returns the task. What it imports and holds does not count.
+        arguments: its arguments; like it, they are pickled.
+
+    Raises:
+        EOFError: the process failed; its traceback is on stderr.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_send_peak, args=(theirs, prepare, arguments))
+    process.start()
+    theirs.close()  # so that waiting ends when the process does
+    peak: int = ours.recv()
+    process.join()
+    return peak
+
+
+def _send_peak(pipe: Connection, prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    task = prepare(*arguments)
+    before = resident_bytes("VmRSS")
+    restart_peak()
+    task()
+    pipe.send(resident_bytes("VmHWM") - before)
 
 
 def machine(packages: Iterable[str] = ("torch", "transformers", "peft", "neft")) -> dict[str, Any]:

@@ -81,9 +81,9 @@ def test_sizes_that_are_no_multiple_of_a_block(
 
 
 def test_blocks_of_the_real_size(pool: Executor) -> None:
-    # Slabs of 512 neurons, blocks of 64 rows; the oracle is quick enough for a few neurons.
-    before, after = (side.float() for side in fine_tuned(515, 1030))
-    some_rows, some_columns = [0, 31, 32, 511, 512, 514], [0, 511, 512, 1023, 1024, 1029]
+    # Slabs of 1024 neurons, blocks of 31 and 64 rows; the oracle is quick enough for a few neurons.
+    before, after = (side.float() for side in fine_tuned(1027, 2053))
+    some_rows, some_columns = [0, 30, 31, 1023, 1024, 1026], [0, 1023, 1024, 2047, 2048, 2052]
     by_row = cosine_distances(before, after, ROWS, pool)[some_rows]
     by_column = cosine_distances(before, after, COLUMNS, pool)[some_columns]
     exact_rows = exact_distances(before[some_rows], after[some_rows], ROWS)

@@ -26,9 +26,9 @@ LARGEST = 1e150
 """Largest magnitude of a weight: the square of one much larger is beyond float64."""
 
 # Elements of a matrix that are worked on at once: their float64 copies fit the cache of one core.
-_BLOCK = 2**15
+_BLOCK = 2**16
 # Neurons that one thread scores at once. Column neurons are read in runs of that many elements.
-_SLAB = 512
+_SLAB = 1024
 # |d|² / (2 |a| |b|) from which the plain cosine is used: the norms then differ by a factor of 200, and
 # |b|² may have lost five of its sixteen digits.
 _FAR = 100.0

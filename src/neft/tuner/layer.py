@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -75,6 +77,43 @@ class NeuronIndices(BufferDict):
         return self
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a module keeps its weight, and which state of which tensor was found there."""
+
+    parameters: dict[str, nn.Parameter | None]
+    """The module's own. The tensor itself is not held: offloading must be able to free it."""
+    identity: int
+    address: int
+    version: int
+
+    @classmethod
+    def now(cls, module: nn.Module) -> _Place:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return cls(module._parameters, id(weight), weight.data_ptr(), weight._version)
+
+    def is_unchanged(self) -> bool:
+        weight = self.parameters.get("weight")
+        return (
+            weight is not None
+            and id(weight) == self.identity
+            and weight._version == self.version
+            and weight.data_ptr() == self.address
+        )
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What an evaluation pass left; while it stands, the next has nothing to write."""
+
+    stamp: object
+    """The layer's, which is another once anybody else wrote to the base weight."""
+    active: str | list[str]
+    places: tuple[_Place, ...]
+    """Of the base weight and of the vectors in it."""
+
+
 class NeftLinear(nn.Module, BaseTunerLayer):
     """Wraps ``nn.Linear``, ``Conv1D`` or a quantized layer; see the module's docstring.
 
@@ -112,6 +151,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self._resident: dict[str, Tensor] = {}
         # What the resident vectors were when they were written, and for whom.
         self._stamp: object = None
+        self._settled: _Settled | None = None
         self.register_state_dict_pre_hook(_restore_before_saving)
         self.register_load_state_dict_pre_hook(_restore_before_loading)
 
@@ -212,6 +252,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._put_back(self._base.weight)
         self._resident = {}
         self._stamp = None
+        self._settled = None
 
     def _release(self) -> None:
         """Put the original values back at once where the weight may be gathered for this use alone.
@@ -253,6 +294,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self._is_settled():
+            return self._run(x)
         if self.merged:
             if not self.disable_adapters:
                 return self._run(x)
@@ -267,9 +310,35 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
         self._load(names, _EVALUATION)
+        self._settle(names)
         y = self._run(x)
         self._release()
         return y
+
+    def _is_settled(self) -> bool:
+        """Whether this is an evaluation pass and the last one left the weight as it needs it."""
+        # The layers of a small model take turns every few hundred microseconds, so generation would
+        # notice the properties of PEFT and the attributes of modules that the full way looks up.
+        settled = self._settled
+        return (
+            settled is not None
+            and settled.stamp is self._stamp
+            and settled.active == self._active_adapter
+            and not self._disable_adapters
+            and not torch.is_grad_enabled()
+            and all(place.is_unchanged() for place in settled.places)
+        )
+
+    def _settle(self, names: tuple[str, ...]) -> None:
+        self._settled = None
+        # Inference tensors count no versions.
+        if self._stamp is not None and not self._base.weight.is_inference():
+            vectors = [self.neft_vectors[name] for name in names]
+            self._settled = _Settled(
+                self._stamp,
+                copy(self._active_adapter),
+                tuple(_Place.now(module) for module in (self._base, *vectors)),
+            )
 
     def _out_of_reach(self) -> bool:
         """The base weight must be left alone: it is offloaded, or part of a graph being compiled."""

@@ -284,3 +284,14 @@ class TestWhatDoesNotFit:
 
 def _not_reached(_model) -> float:
     raise AssertionError("measured before all groups were checked")
+
+
+def test_neurons_of_one_expert_are_restored(tiny_model) -> None:
+    original, trained = tiny_model("gpt_oss", seed=1), tiny_model("gpt_oss", seed=2)
+    weights, stack = weights_of(trained), "model.layers.1.mlp.experts.down_proj"
+    projections = find_projections(trained, [stack])
+    with restored(trained, open_weights(original), NeuronSet(projections, {f"{stack}.2": [3, 5]})):
+        expected = weights[stack].clone()
+        expected[2, [3, 5]] = original.state_dict()[stack][2, [3, 5]]
+        assert torch.equal(trained.state_dict()[stack], expected)
+    assert_unchanged(trained, weights)

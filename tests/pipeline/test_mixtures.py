@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 
 from neft import NeuronSet
 from neft.cli import app
+from neft.report.neuron_table import neuron_table
+from neft.report.run_data import read_run
 
 
 def call(*arguments: object) -> Result:
@@ -50,8 +52,15 @@ def test_a_whole_run(tiny_recipe, tiny_model, tmp_path, model_type) -> None:
         done("info", run / place)
     done("select", run / "score" / "scores.safetensors", "--count", 50, "-o", tmp_path / "n.json")
     assert len(NeuronSet.load(tmp_path / "n.json")) == 50
-    done("report", run)
-    assert "Trained neurons: " in (run / "report.html").read_text()
+    done("report", run, "-o", tmp_path / "report.html")
+    assert "Trained neurons: " in (tmp_path / "report.html").read_text()
+    listed = neuron_table(read_run(run))
+    assert listed is not None
+    assert list(zip(*(listed.columns[key] for key in ("expert", "index")), strict=True)) == [
+        (neurons.projections[name].expert, index)
+        for name, each in neurons.items()
+        for index in each
+    ]
 
     # The plain checkpoint has the trained vectors, and all else as it was.
     done("merge", run / "train" / "adapter", "-o", tmp_path / "merged")

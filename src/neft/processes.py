@@ -47,6 +47,11 @@ def is_first() -> bool:
     return process_index() == 0
 
 
+def leave_launcher() -> None:
+    """Be a process like any other: the libraries take a launch of one for a launch of several."""
+    os.environ.pop("LOCAL_RANK", None)
+
+
 def check_launch() -> None:
     """Refuse a launch that this machine, or this package, cannot carry out.
 

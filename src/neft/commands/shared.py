@@ -67,6 +67,7 @@ def _by_one(command: Callable[[], None]) -> None:
 def _by_all(command: Callable[[], None]) -> None:
     """Run a command in the first process of a launch; the others join in its training."""
     if processes.num_processes() == 1:
+        processes.leave_launcher()
         command()
         return
     from neft.console import complain

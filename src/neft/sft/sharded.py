@@ -52,10 +52,14 @@ def write_weights(model: nn.Module, folder: Path, *, writes: bool) -> None:
     tensors = dict(_stored(model))
     files = _files(tensors)
     for name, members in files.items():
-        content = {member: whole(tensors[member]) for member in members}
+        content: dict[str, Tensor] = {}
+        for member in members:
+            tensor = gathered(tensors[member].detach())
+            if writes:
+                content[member] = tensor.cpu()
+            del tensor
         if writes:
             save_file(content, folder / name, {"format": "pt"})
-        del content
     if writes and len(files) > 1:
         index = {
             "metadata": {"total_size": sum(map(_num_bytes, tensors.values()))},

@@ -181,8 +181,14 @@ def show_row_estimates(rows: Sequence[RowEstimate]) -> None:
 
 
 def _estimates(stages: Mapping[str, StageEstimate], title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", collapse_padding=True)
-    table.add_column("" if title is None else "row", overflow="fold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        padding=0,
+        pad_edge=False,
+    )
+    table.add_column("" if title is None else "row", no_wrap=True)
     rows = {name: _estimate_row(stage) for name, stage in stages.items()}
     columns = next(iter(rows.values()))
     # What no stage has, as nothing was measured, say, would only take room.
@@ -196,6 +202,7 @@ def _estimates(stages: Mapping[str, StageEstimate], title: str | None = None) ->
             column,
             justify="left" if column == "method" else "right",
             style="bold" if column == "peak" else "",
+            no_wrap=True,
         )
     for name, row in rows.items():
         table.add_row(name, *(row[column] for column in told))
@@ -213,9 +220,9 @@ def _estimate_row(stage: StageEstimate) -> dict[str, str]:
         "gra-\ndients": memory.gradients,
         "opti-\nmizer": memory.optimizer,
         "activa-\ntions": memory.activations + memory.loss,
-        "process": stage.process_bytes + memory.kept_back,
+        "pro-\ncess": stage.process_bytes + memory.kept_back,
         "peak": stage.peak_bytes,
-        "measured": stage.measured_peak_bytes,
+        "mea-\nsured": stage.measured_peak_bytes,
         "disk": stage.disk_bytes,
     }
     trained, seconds = stage.num_trainable, stage.seconds_per_step
@@ -224,7 +231,7 @@ def _estimate_row(stage: StageEstimate) -> dict[str, str]:
         | {name: _rounded(num_bytes) for name, num_bytes in sizes.items()}
         | {
             "steps": "-" if stage.num_steps is None else f"{stage.num_steps:,}",
-            "s a\nstep": "-" if seconds is None else f"{seconds:.2f}",
+            "s a\nstep": "-" if seconds is None else f"{seconds:.3g}",
         }
     )
 
@@ -233,8 +240,11 @@ def _rounded(num_bytes: int | None) -> str:
     """Bytes to three digits: an estimate has no more."""
     if not num_bytes:
         return "-"
-    digits = 3 - len(str(num_bytes))
-    return size(round(num_bytes, min(0, digits))).replace(".0 ", " ")
+    unit = max(unit for unit in _UNITS if num_bytes >= unit)
+    return f"{float(f'{num_bytes / unit:.3g}'):g} {_UNITS[unit]}"
+
+
+_UNITS = {1: "B", 10**3: "kB", 10**6: "MB", 10**9: "GB"}
 
 
 def _show_notes(console: Console, stages: Sequence[StageEstimate]) -> None:

@@ -61,9 +61,12 @@ def test_a_failed_allocation_names_stage_estimate_and_remedy(
 
 
 def test_remedies_lower_the_estimate_by_what_they_say(
-    tiny_recipe: TinyRecipe, tmp_path: Path
+    tiny_recipe: TinyRecipe, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    recipe = load_recipe(tiny_recipe(tmp_path, **{"train.batch_size": 16}))
+    file = tiny_recipe(tmp_path, **{"train.batch_size": 16, "train.method": "full"})
+    # Beside the libraries, a tiny model is nothing.
+    tiny_model(hidden_size=512, intermediate_size=2048).save_pretrained(tmp_path / "model")
+    recipe = load_recipe(file)
     estimator = Estimator(recipe)
     now = estimator.stage("train")
     remedies = remedies_of(estimator, now)

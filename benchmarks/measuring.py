@@ -141,6 +141,11 @@ def machine(packages: Iterable[str] = ("torch", "transformers", "peft", "neft"))
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("MALLOC_", "OMP_", "MKL_"))
+        },
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "commit": commit.stdout.strip() or None,

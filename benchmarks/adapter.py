@@ -13,7 +13,7 @@ import argparse
 import copy
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Subject:
         first, *others = (timed(self._forward)() for _ in range(4))
         steady = statistics.median(others)
         return {
-            "swap": set_adapter + first - steady,
+            "swap": set_adapter + max(0.0, first - steady),
             "set_adapter": set_adapter,
             "first forward": first,
             "steady forward": steady,
@@ -164,11 +164,11 @@ def print_tables(results: Mapping[str, Any], table: list[Ratio]) -> None:
         print(f"{name:16}" + "".join(f"{results[method][name] / 1e6:9.2f}M" for method in METHODS))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     preset = PRESETS["quick" if options.quick else "full"]
     with tempfile.TemporaryDirectory() as folder:
         results = run(preset, Path(folder))

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from llama import Shape
-from measuring import Ratio, in_turn, peak_apart, ratio, timed, write_figures
+from measuring import Ratio, in_turn, ratio, timed, write_figures
 from neft.checkpoints.source import TensorInfo, WeightSource
+from processes import peaks
 
 LLAMA_2_7B = Shape(4096, 11008, 32, 32, 32, 32000)
 
@@ -156,13 +157,10 @@ def run(preset: Preset) -> dict[str, Any]:
         "utilization": timed(partial(utilization, weights, hidden)),
         "ranks": timed(partial(rank_difference, *pair)),
     }
-    return {
-        name: {
-            "seconds": seconds,
-            "peak_bytes": None if name == "ranks" else peak_apart(prepared, name, preset.shape),
-        }
-        for name, seconds in in_turn(tasks, preset.rounds).items()
-    }
+    seconds = in_turn(tasks, preset.rounds)
+    readers = ("products", "utilization")
+    peak = peaks({name: partial(prepared, name, preset.shape) for name in readers})
+    return {name: {"seconds": seconds[name], "peak_bytes": peak.get(name)} for name in tasks}
 
 
 def ratios(results: Mapping[str, Any]) -> list[Ratio]:
@@ -186,12 +184,12 @@ def print_tables(preset: Preset, results: Mapping[str, Any], table: list[Ratio])
         print(f"{name:24} {statistics.median(found['seconds']):9.3f} {memory}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="four layers, fewer rounds")
     parser.add_argument("--layers", type=int, help="of the model; nothing is extrapolated")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     preset = PRESETS["quick" if options.quick else "full"]
     if options.layers:
         preset = replace(preset, shape=replace(preset.shape, num_layers=options.layers))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,11 @@ def tokens_per_second(preset: Preset, batch_size: int, seconds: list[float]) -> 
     return batch_size * preset.new_tokens / statistics.median(seconds)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds of fewer tokens")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     preset = PRESETS["quick" if options.quick else "full"]
     seconds = run(preset)
     table = ratios(seconds)

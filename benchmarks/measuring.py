@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,34 +93,6 @@ def resident_bytes(field: str) -> int:
 def restart_peak() -> None:
     """Let ``VmHWM`` count from here: without what imports and preparations held for a while."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_apart(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
-    """Peak memory in bytes of a task that runs in a process of its own.
-
-    Args:
-        prepare: a module's function that returns the task. What it imports and holds does not count.
-        arguments: its arguments; like it, they are pickled.
-
-    Raises:
-        EOFError: the process failed; its traceback is on stderr.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_send_peak, args=(theirs, prepare, arguments))
-    process.start()
-    theirs.close()  # so that waiting ends when the process does
-    peak: int = ours.recv()
-    process.join()
-    return peak
-
-
-def _send_peak(pipe: Connection, prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    task = prepare(*arguments)
-    before = resident_bytes("VmRSS")
-    restart_peak()
-    task()
-    pipe.send(resident_bytes("VmHWM") - before)
 
 
 def machine(packages: Iterable[str] = ("torch", "transformers", "peft", "neft")) -> dict[str, Any]:

@@ -6,8 +6,11 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
+
+from measuring import resident_bytes, restart_peak
 
 
 class Work(Protocol):
@@ -18,6 +21,35 @@ class Work(Protocol):
 
     def report(self) -> dict[str, Any]:
         """What there is to say after the last round."""
+
+
+class Peak:
+    """Work whose report is the peak memory of a task: ``peak_bytes``.
+
+    Args:
+        prepare: makes the task. What it imports and holds does not count.
+    """
+
+    def __init__(self, prepare: Callable[[], Callable[[], object]]) -> None:
+        self._task = prepare()
+        self._bytes = 0
+
+    def step(self) -> None:
+        """Run the task; the last run counts."""
+        before = resident_bytes("VmRSS")
+        restart_peak()
+        self._task()
+        self._bytes = resident_bytes("VmHWM") - before
+
+    def report(self) -> dict[str, int]:
+        return {"peak_bytes": self._bytes}
+
+
+def peaks(prepared: Mapping[str, Callable[[], Callable[[], object]]]) -> dict[str, int]:
+    """Peak memory in bytes of each task, run once in a process of its own; see ``Peak``."""
+    works = {name: partial(Peak, prepare) for name, prepare in prepared.items()}
+    outcomes = in_processes(works, rounds=0, preload=["torch", "transformers"], together=False)
+    return {name: report["peak_bytes"] for name, report in outcomes.reports.items()}
 
 
 @dataclass(frozen=True)

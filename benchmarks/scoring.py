@@ -15,14 +15,15 @@ import json
 import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llama import Shape
-from measuring import Ratio, in_turn, peak_apart, ratio, timed, write_figures
+from measuring import Ratio, in_turn, ratio, timed, write_figures
+from processes import peaks
 
 DTYPES = ("bfloat16", "float32")
 SECONDS_TARGET = 2.0
@@ -148,14 +149,14 @@ def run(preset: Preset, folder: Path) -> dict[str, Any]:
             {name: timed(partial(method, *pair)) for name, method in METHODS.items()},
             preset.rounds,
         )
+        peak = peaks({name: partial(prepared, name, pair) for name in METHODS})
         results[dtype] = {
             "stored_bytes": sum(
                 f.stat().st_size for side in pair for f in side.glob("*.safetensors")
             ),
             "largest_pair_bytes": largest_pair(preset.shape, dtype),
             "methods": {
-                name: {"seconds": seconds[name], "peak_bytes": peak_apart(prepared, name, pair)}
-                for name in METHODS
+                name: {"seconds": seconds[name], "peak_bytes": peak[name]} for name in METHODS
             },
         }
         for side in pair:
@@ -207,11 +208,11 @@ def print_tables(results: dict[str, Any], table: list[Ratio]) -> None:
             )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller checkpoints, fewer rounds")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     preset = PRESETS["quick" if options.quick else "full"]
     with tempfile.TemporaryDirectory() as folder:
         results = run(preset, Path(folder))

@@ -495,6 +495,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = base_layer.bias
         self.base_layer = plain.train(base_layer.training)
+        self._quantized = False
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -110,7 +110,8 @@ def test_gradient_checkpointing(tiny_model, family, use_reentrant):
     expected, actual = trained(False), trained(True)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=0)
+        # A recomputed pass may lie elsewhere in memory, where kernels round otherwise in the last bit.
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_backward_after_the_vectors_changed_is_refused(tiny_model):

@@ -56,7 +56,7 @@ def _neft(folder: str) -> PeftModel:
 def _steps(model: Any, plain: PeftModel, tokens: Tensor) -> list[Tensor]:
     """Train; the logits of the untouched model in each step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.SGD(trained, lr=0.5, momentum=0.9, weight_decay=0.1)
     model.train()
     untouched = []
     for ids in tokens:
@@ -80,16 +80,11 @@ def _distances(folder: str, way: str, tokens: Tensor) -> dict[str, float]:
         vectors = gather_trained(model)
         frozen = {name: whole(p) for name, p in model.named_parameters() if not p.requires_grad}
     names = {name.replace("_checkpoint_wrapped_module.", ""): name for name in vectors | frozen}
+    tuned = {name: p for name, p in reference.named_parameters() if p.requires_grad}
+    error = sum(float((vectors[names[name]] - p).square().sum()) for name, p in tuned.items())
+    moved = sum(float((before[name] - p).square().sum()) for name, p in tuned.items())
     return {
-        "vectors": max(
-            float((vectors[names[name]] - parameter).abs().max())
-            for name, parameter in reference.named_parameters()
-            if parameter.requires_grad
-        ),
-        "moved": max(
-            float((parameter - before[name]).abs().max())
-            for name, parameter in reference.named_parameters()
-        ),
+        "vectors": (error / moved) ** 0.5,
         "frozen": sum(
             not torch.equal(frozen[names[name]], tensor)
             for name, tensor in before.items()

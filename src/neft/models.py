@@ -54,7 +54,8 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
         dtype: dtype of all weights; default: ``model.dtype``.
 
     Raises:
-        CheckpointError: no such folder or Hub id, not a causal language model, torn or missing weights.
+        CheckpointError: no such folder or Hub id, not a causal language model, torn, missing or quantized
+            weights.
         UsageError: quantization that this machine cannot do.
     """
     import torch
@@ -79,6 +80,11 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise _not_loadable(model, "model", error) from error
+    if getattr(getattr(loaded, "hf_quantizer", None), "pre_quantized", False):
+        raise CheckpointError(
+            f"{model.path}: its weights are stored quantized, so neurons can be neither found in nor "
+            "merged into them. Give the model that it was made from; model.quantization quantizes it."
+        )
     # transformers fills what does not fit with random numbers, and only logs it.
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]

@@ -96,6 +96,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.in_features, self.out_features = features(self._base)
+        # Found out once, because a compiled graph cannot ask.
+        self._quantized = is_quantized(self._base)
         self.neft_vectors = nn.ModuleDict()
         self.neft_indices = NeuronIndices()
         self.neft_projections: dict[str, Projection] = {}
@@ -228,7 +230,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _original_weight(self) -> Tensor:
         """The base weight without vectors; a copy if it holds some, or is quantized."""
-        if is_quantized(self._base):
+        if self._quantized:
             return dequantized(self._base)
         weight: Tensor = self._base.weight.detach()
         if self._resident:
@@ -250,7 +252,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._prepare_training(names)
         if self._out_of_reach():
             return self._forward_overlay(x, names)
-        if is_quantized(self._base):
+        if self._quantized:
             return self._forward_quantized(x, names)
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
@@ -337,8 +339,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._restore()
         self._check_disjoint(names)
         base_layer = self._base
-        quantized = is_quantized(base_layer)
-        dtype = compute_dtype(base_layer, x) if quantized else base_layer.weight.dtype
+        dtype = compute_dtype(base_layer, x) if self._quantized else base_layer.weight.dtype
         selections = [self._selection(name) for name in names]
         y = self._run(without_columns(x, selections))
         for name, selection in zip(names, selections, strict=True):
@@ -374,7 +375,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         ]
         if not names:
             return
-        if is_quantized(self._base):
+        if self._quantized:
             raise UsageError(
                 f"{self.name}: its quantized weight cannot hold the vectors of {names} unrounded. "
                 "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit "
@@ -411,6 +412,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = base_layer.bias
         self.base_layer = plain.train(base_layer.training)
+        self._quantized = False
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -431,7 +433,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The weight that a forward pass would use now (some models read it directly)."""
-        if self.merged or self._out_of_reach() or is_quantized(self._base):
+        if self.merged or self._out_of_reach() or self._quantized:
             weight: Tensor = self._base.weight
             return weight
         return self._load(self._active(), user=object())

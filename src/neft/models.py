@@ -71,7 +71,7 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
                 _location(model),
                 revision=model.revision,
                 dtype=held_in,
-                quantization_config=_quantization_config(model.quantization, held_in),
+                **_quantizing(model.quantization, held_in),
                 attn_implementation=model.attn_implementation,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
@@ -125,23 +125,25 @@ def check_quantization(model: ModelSection) -> None:
         )
 
 
-def _quantization_config(
+def _quantizing(
     quantization: Quantization | None, dtype: torch.dtype
-) -> BitsAndBytesConfig | None:
+) -> dict[str, BitsAndBytesConfig]:
+    """Options of ``from_pretrained``; ``None`` there would take stored integers for weights."""
     from transformers import BitsAndBytesConfig
 
     match quantization:
         case "4bit":
-            return BitsAndBytesConfig(
+            config = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
             )
         case "8bit":
-            return BitsAndBytesConfig(load_in_8bit=True)
+            config = BitsAndBytesConfig(load_in_8bit=True)
         case None:
-            return None
+            return {}
+    return {"quantization_config": config}
 
 
 def load_tokenizer(

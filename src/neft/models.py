@@ -55,7 +55,8 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
         dtype: dtype of all weights; default: ``model.dtype``.
 
     Raises:
-        CheckpointError: no such folder or Hub id, not a causal language model, torn or missing weights.
+        CheckpointError: no such folder or Hub id, not a causal language model, torn, missing or quantized
+            weights.
         UsageError: quantization that this machine cannot do.
     """
     import torch
@@ -71,7 +72,7 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
                 _location(model),
                 revision=model.revision,
                 dtype=held_in,
-                quantization_config=_quantization_config(model.quantization, held_in),
+                **_quantizing(model.quantization, held_in),
                 attn_implementation=model.attn_implementation,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
@@ -82,6 +83,11 @@ def load_model(model: ModelSection, dtype: torch.dtype | None = None) -> PreTrai
         if is_shortage(error):
             raise  # of memory: nothing is wrong with the checkpoint
         raise _not_loadable(model, "model", error) from error
+    if getattr(getattr(loaded, "hf_quantizer", None), "pre_quantized", False):
+        raise CheckpointError(
+            f"{model.path}: its weights are stored quantized, so neurons can be neither found in nor "
+            "merged into them. Give the model that it was made from; model.quantization quantizes it."
+        )
     # transformers fills what does not fit with random numbers, and only logs it.
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
@@ -122,23 +128,25 @@ def check_quantization(model: ModelSection) -> None:
         )
 
 
-def _quantization_config(
+def _quantizing(
     quantization: Quantization | None, dtype: torch.dtype
-) -> BitsAndBytesConfig | None:
+) -> dict[str, BitsAndBytesConfig]:
+    """Options of ``from_pretrained``; ``None`` there would take stored integers for weights."""
     from transformers import BitsAndBytesConfig
 
     match quantization:
         case "4bit":
-            return BitsAndBytesConfig(
+            config = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
             )
         case "8bit":
-            return BitsAndBytesConfig(load_in_8bit=True)
+            config = BitsAndBytesConfig(load_in_8bit=True)
         case None:
-            return None
+            return {}
+    return {"quantization_config": config}
 
 
 def load_tokenizer(

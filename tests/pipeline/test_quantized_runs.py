@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neft.errors import AdapterError, RecipeError, UsageError
+from neft.errors import CheckpointError, RecipeError, UsageError
 from neft.models import load_model
 from neft.neurons import NeuronScores
 from neft.pipeline.adapter import load_adapter, merge_adapter
@@ -122,11 +122,12 @@ def test_on_a_machine_without_kernels(tiny_recipe, tmp_path, monkeypatch):
         quietly(recipe)
 
 
-def test_merging_into_a_quantized_checkpoint_is_refused(tiny_recipe, tmp_path):
-    recipe = loaded(tiny_recipe(tmp_path), "model.quantization=4bit", "warmup.method=norm")
+@pytest.mark.parametrize("bits", BITS)
+def test_merging_into_a_quantized_checkpoint_is_refused(tiny_recipe, tmp_path, bits):
+    recipe = loaded(tiny_recipe(tmp_path), f"model.quantization={bits}", "warmup.method=norm")
     quietly(recipe)
     load_model(recipe.model).save_pretrained(tmp_path / "packed")
-    with pytest.raises(AdapterError, match=r"packed: is a quantized model.* --base"):
+    with pytest.raises(CheckpointError, match=r"packed: its weights are stored quantized"):
         merge_adapter(
             tmp_path / "run/train/adapter", tmp_path / "merged", base=str(tmp_path / "packed")
         )

@@ -166,3 +166,17 @@ def test_memory_of_a_large_model(llama_7b: nn.Module) -> None:
     assert memory_bytes(llama_7b, section("neft"), chosen, "bfloat16") == 2 * whole + 18 * chosen
     lora = section("lora", 64)
     assert memory_bytes(llama_7b, lora, chosen, "bfloat16") == 2 * whole + 16 * chosen
+
+
+def test_memory_over_a_quantized_base(llama_7b: nn.Module) -> None:
+    """Embeddings, head and norms stay in bfloat16; nothing is displaced."""
+    chosen, linear = 614_400_000, 6_476_005_376
+    rest = 6_738_415_616 - linear
+    in_4_bits = linear / 2 + linear / 64 + 4 * linear / (64 * 256)
+    neft, lora = section("neft"), section("lora", 64)
+    for train in (neft, lora):
+        found = memory_bytes(llama_7b, train, chosen, "bfloat16", "4bit")
+        assert found == pytest.approx(2 * rest + in_4_bits + 16 * chosen, rel=1e-9)
+    assert (
+        memory_bytes(llama_7b, neft, chosen, "bfloat16", "8bit") == 2 * rest + linear + 16 * chosen
+    )

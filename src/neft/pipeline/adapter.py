@@ -11,7 +11,6 @@ from neft.errors import AdapterError, CheckpointError, NeftError
 from neft.memory import is_shortage
 from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.pipeline.store import new_folder
-from neft.quantized import quantized_layers
 from neft.recipe import ModelSection, Recipe
 from neft.sft.methods import find_method
 
@@ -107,13 +106,7 @@ def merge_adapter(folder: Path, output: Path, base: str | None = None, dtype: st
     """
     with new_folder(output.expanduser().resolve()) as working:
         model = _base_section(folder, base, dtype)
-        loaded = load_model(model)
-        if any(quantized_layers(loaded)):
-            raise AdapterError(
-                f"{model.path}: is a quantized model, which cannot hold the trained vectors unrounded. "
-                "Name the model that it was made from with --base."
-            )
-        merged = load_adapter(loaded, folder).merge_and_unload()
+        merged = load_adapter(load_model(model), folder).merge_and_unload()
         with quiet_transformers():
             merged.save_pretrained(working)
             load_tokenizer(model).save_pretrained(working)

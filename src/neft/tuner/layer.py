@@ -421,8 +421,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._restore()
         self._check_disjoint(names)
         base_layer = self._base
-        quantized = self._quantized
-        dtype = compute_dtype(base_layer, x) if quantized else base_layer.weight.dtype
+        dtype = compute_dtype(base_layer, x) if self._quantized else base_layer.weight.dtype
         selections = [self._selection(name) for name in names]
         y = self._run(without_columns(x, selections))
         for name, selection in zip(names, selections, strict=True):

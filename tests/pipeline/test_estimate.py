@@ -109,6 +109,14 @@ def test_lengths_are_those_of_the_texts(recipe: Recipe) -> None:
     assert unknown.not_timed == "the data are not on this machine"
 
 
+def test_neurons_lie_in_all_layers(recipe: Recipe) -> None:
+    neurons = Estimator(recipe).neurons
+    assert neurons is not None
+    projections = neurons.projections.values()
+    with_some = {projection.layer for projection in projections if len(neurons[projection.name])}
+    assert with_some == {projection.layer for projection in projections}
+
+
 def test_epochs_become_steps(recipe: Recipe) -> None:
     train = recipe.train.model_copy(update={"steps": None, "epochs": 2.0, "batch_size": 3})
     # 16 rows, 3 a step: 6 steps an epoch.

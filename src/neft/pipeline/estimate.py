@@ -170,8 +170,14 @@ class Estimator:
         """As many neurons as the recipe will choose, wherever they will lie."""
         if not needs_neurons(self._recipe):
             return None
-        assert self._recipe.select is not None
-        return choose(unscored(self._network, self._recipe), self._recipe.select)
+        options = self._recipe.select
+        assert options is not None
+        candidates = unscored(self._network, self._recipe)
+        chosen = choose(candidates, options)
+        if not options.needs_scores:
+            return chosen
+        # Made-up scores would put them all into a few layers, with hardly anything to keep in the others.
+        return candidates.select(count=len(chosen), which="random")
 
     @cached_property
     def trained(self) -> Trained:

@@ -41,11 +41,12 @@ def markdown(figures: dict[str, Any]) -> str:
         target = "" if row["target"] is None else f"{row['target']:.2f}"
         lines.append(f"| {row['name']} | {row['median']:.3f} | {spread} | {target} |")
     machine, preset = figures["machine"], figures["preset"]
+    num_rounds = min(len(result["steps"]) for result in figures["methods"].values())
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     where = machine["accelerator"] or f"{machine['threads']} cores of {machine['processor']}"
     lines += [
         "",
-        f"Preset `{preset['name']}`, {preset['rounds']} rounds; {where}; {versions}; "
+        f"Preset `{preset['name']}`, {num_rounds} rounds; {where}; {versions}; "
         f"commit {machine['commit']}.",
     ]
     return "\n".join(lines) + "\n"

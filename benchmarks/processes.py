@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +73,11 @@ class Outcomes:
 
 
 def in_processes(
-    works: Mapping[str, Callable[[], Work]], rounds: int, preload: Iterable[str], together: bool
+    works: Mapping[str, Callable[[], Work]],
+    rounds: int,
+    preload: Iterable[str],
+    together: bool,
+    seconds: float = math.inf,
 ) -> Outcomes:
     """Make each work in a process of its own and let them step.
 
@@ -81,6 +87,7 @@ def in_processes(
         preload: modules that all need; imported once.
         together: all processes live at once and step in turn, round by round. Else one process after
             the other has the machine, and its memory, for itself.
+        seconds: once they have passed, no more rounds are begun, but for one that counts.
 
     Raises:
         RuntimeError: a process died; its error is on standard error.
@@ -88,9 +95,12 @@ def in_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload])
     outcomes = Outcomes({}, {}, {})
+    end = time.monotonic() + seconds
     for names in [list(works)] if together else [[name] for name in works]:
         workers = [_Worker(context, name, works[name], outcomes) for name in names]
         for number in range(rounds + 1):
+            if number > 1 and time.monotonic() > end:
+                break
             for worker in workers:
                 worker.step(is_counted=number > 0)
             print(f"\r{' '.join(names)}: round {number}/{rounds}", end="", file=sys.stderr)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -320,7 +321,9 @@ def warm_training(method: str, preset: Preset) -> Training:
     return Training(method, preset)
 
 
-def run(preset: Preset, methods: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def run(
+    preset: Preset, methods: Sequence[str], seconds: float
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Results of the methods, and why others were skipped.
 
     On a GPU, whose speed is steady and whose memory is scarce, one method runs after the other.
@@ -330,6 +333,7 @@ def run(preset: Preset, methods: Sequence[str]) -> tuple[dict[str, Any], dict[st
         preset.rounds,
         preload=["torch", "transformers.models.llama", "peft", "neft.tuner"],
         together=preset.device == "cpu",
+        seconds=seconds,
     )
     results = {
         method: report | {"steps": [asdict(step) for step in outcomes.steps[method]]}
@@ -381,6 +385,9 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Preset]
         "--tiny", action="store_true", help="a tiny shape, to try a preset on a CPU"
     )
     parser.add_argument("--rounds", type=int, help="counted rounds")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no round, but for one, after as many"
+    )
     parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
@@ -408,7 +415,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Preset]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options, preset = parsed(arguments)
-    results, skipped = run(preset, options.methods)
+    results, skipped = run(preset, options.methods, options.seconds)
     table = ratios(results, TARGETS if preset == PRESETS["cpu"] else {})
     print_tables(results, table)
     for method, reason in skipped.items():

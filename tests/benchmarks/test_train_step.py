@@ -118,6 +118,14 @@ def test_what_does_not_fit_into_memory_is_skipped(together):
     assert os.getpid() not in processes
 
 
+def test_one_round_counts_however_little_time_there_is():
+    outcomes = in_processes(
+        {"one": Counting, "two": Counting}, rounds=5, preload=["torch"], together=True, seconds=0
+    )
+    assert outcomes.steps == {"one": [1], "two": [1]}
+    assert outcomes.reports.keys() == {"one", "two"}
+
+
 def test_a_process_that_dies_is_named():
     works = {"fits": Counting, "dies": partial(Counting, kills_at=1)}
     with pytest.raises(RuntimeError, match="dies: its process ended with exit code 7"):

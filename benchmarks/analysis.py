@@ -40,7 +40,7 @@ class Preset:
 
 
 PRESETS = {
-    "full": Preset(LLAMA_2_7B, rounds=3),
+    "full": Preset(LLAMA_2_7B, rounds=1),
     "quick": Preset(replace(LLAMA_2_7B, num_layers=4), rounds=2),
 }
 

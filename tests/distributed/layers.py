@@ -1,14 +1,14 @@
 """NeFT layers in a training loop of one's own, sharded by torch: as a script, one of two processes.
 
 Each way of sharding takes two steps, with a pass of the untouched model between forward and backward, as
-in DPO. The first process writes how far it is from a model that nothing was done to.
+in DPO. The first process writes how far it is from the paper's masked training in one process.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from neft import NeftConfig, NeuronSet, processes
 from neft.projections import find_projections
+from neft.reference.masked import mask_gradients
 from neft.scoring import score_neurons
 from neft.sft.sharded import gather_trained, whole
 
@@ -46,17 +47,20 @@ WAYS: dict[str, Callable[[PeftModel], Any]] = {
 }
 
 
-def _neft(folder: str) -> PeftModel:
+def _load(folder: str) -> tuple[Any, NeuronSet]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     projections = find_projections(model, ALL)
-    neurons = NeuronSet(projections, {p.name: range(0, p.num_neurons, 3) for p in projections})
-    return get_peft_model(model, NeftConfig(neurons=neurons))
+    indices = {p.name: range(0, p.num_neurons, 3) for p in projections}
+    return model, NeuronSet(projections, indices)
+
+
+def _optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
 
 
 def _steps(model: Any, plain: PeftModel, tokens: Tensor) -> list[Tensor]:
     """Train; the logits of the untouched model in each step."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.5, momentum=0.9, weight_decay=0.1)
+    optimizer = _optimizer([p for p in model.parameters() if p.requires_grad])
     model.train()
     untouched = []
     for ids in tokens:
@@ -69,33 +73,61 @@ def _steps(model: Any, plain: PeftModel, tokens: Tensor) -> list[Tensor]:
     return untouched
 
 
+def _masked(folder: str, tokens: Tensor) -> dict[str, Tensor]:
+    """Weights after the paper's own way of training the same neurons, in one process."""
+    model, neurons = _load(folder)
+    mask_gradients(model, neurons)
+    optimizer = _optimizer(model.parameters())
+    for ids in tokens:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def _distances(folder: str, way: str, tokens: Tensor) -> dict[str, float]:
-    reference, model = _neft(folder), _neft(folder)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    expected = _steps(reference, reference, tokens)
+    plain, neurons = _load(folder)
+    model = get_peft_model(_load(folder)[0], NeftConfig(neurons=neurons))
+    before, expected = dict(plain.named_parameters()), _masked(folder, tokens)
     half = tokens.shape[1] // processes.num_processes()
     start = half * processes.process_index()
+    own = tokens[:, start : start + half]
     with processes.process_group(way):
-        found = _steps(WAYS[way](model), model, tokens[:, start : start + half])
-        vectors = gather_trained(model)
+        untouched = _steps(WAYS[way](model), model, own)
+        trained = gather_trained(model)
         frozen = {name: whole(p) for name, p in model.named_parameters() if not p.requires_grad}
-    names = {name.replace("_checkpoint_wrapped_module.", ""): name for name in vectors | frozen}
-    tuned = {name: p for name, p in reference.named_parameters() if p.requires_grad}
-    error = sum(float((vectors[names[name]] - p).square().sum()) for name, p in tuned.items())
-    moved = sum(float((before[name] - p).square().sum()) for name, p in tuned.items())
+    vectors = {_module(name): vector for name, vector in trained.items()}
+    error = moved = 0.0
+    for module in neurons.modules():
+        dim = neurons.projections[module].neuron_dim
+        indices = torch.from_numpy(neurons[module])
+        one, other = (
+            weights[f"{module}.weight"].detach().index_select(dim, indices)
+            for weights in (before, expected)
+        )
+        found = vectors[module] if dim == 0 else vectors[module].T
+        error += float((found - other).square().sum())
+        moved += float((one - other).square().sum())
+    with torch.no_grad():
+        logits = [plain(input_ids=ids).logits for ids in own]
     return {
         "vectors": (error / moved) ** 0.5,
         "frozen": sum(
-            not torch.equal(frozen[names[name]], tensor)
-            for name, tensor in before.items()
-            if names[name] in frozen
+            not torch.equal(tensor, before[f"{_module(name)}.weight"])
+            for name, tensor in frozen.items()
         ),
         "untouched": max(
-            float((one - whole_batch[start : start + half]).abs().max())
-            for one, whole_batch in zip(found, expected, strict=True)
+            float((one - other).abs().max()) for one, other in zip(untouched, logits, strict=True)
         ),
-        "narrow": sum(vector.dtype is not torch.float32 for vector in vectors.values()),
+        "narrow": sum(vector.dtype is not torch.float32 for vector in trained.values()),
     }
+
+
+def _module(name: str) -> str:
+    """Name of a parameter's module in the plain model."""
+    for wrapper in ("base_model.model.", "_checkpoint_wrapped_module.", "base_layer."):
+        name = name.replace(wrapper, "")
+    return name.removesuffix(".weight").removesuffix(".neft_vectors.default")
 
 
 def _live_scores(folder: str, tokens: Tensor) -> float:

@@ -118,7 +118,11 @@ def test_the_same_archive_is_read_once(tmp_path: Path) -> None:
     ("name", "content", "fault"),
     [
         ("news-commentary-v16.hi-zh.tsv.gz", b"<html>", "not a gzipped UTF-8 text"),
-        ("news-commentary-v16.hi-zh.tsv.gz", gzip.compress(b"a\tb\tc\n", mtime=0), "line 1: 3 columns"),
+        (
+            "news-commentary-v16.hi-zh.tsv.gz",
+            gzip.compress(b"a\tb\tc\n", mtime=0),
+            "line 1: 3 columns",
+        ),
         ("news-commentary-v16.hi-zh.tsv.gz", gzip.compress(b"a\tb\n", mtime=0), "too few pairs"),
         ("news-commentary-v16.hi-zh.tsv.gz", None, "cannot be fetched: .*--mirror"),
     ],

@@ -81,7 +81,8 @@ class RandomWeights(WeightSource):
         with torch.device("meta"):
             return LlamaForCausalLM(self._shape.config)
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str, index: int | None) -> Any:
+        assert index is None
         return self._matrices["up" if ".up_proj." in name else "down"]
 
 

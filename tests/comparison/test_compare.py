@@ -373,7 +373,7 @@ def test_stopped_at_any_moment_it_ends_with_the_same_table(
                 os.killpg(ours.pid, stop)  # as a terminal does
             else:
                 ours.kill()
-            ours.wait(timeout=60)
+            ours.wait(timeout=300)
             time.sleep(0.5)
     if code is None:
         subprocess.run([*COMMAND, str(file)], check=True, stderr=subprocess.DEVNULL)

@@ -125,7 +125,8 @@ def test_the_recipe_reads_what_the_command_writes(
     monkeypatch.setattr(sys, "argv", ["build", "--dataset", dataset])
     assert build_nli.main() == 0
     comparison = load_comparison(ROOT / "replication" / "small" / "nli.yaml")
-    data = comparison.first_recipe("en", comparison.methods[0]).data
+    files = {split: f"data/xnli-en/{split}.jsonl" for split in SPLITS}
+    data = comparison.first_recipe("sick", comparison.methods[0]).data.model_copy(update=files)
     examples = {split: load_examples(data, split) for split in ("train", "dev", "test")}
     assert {split: len(found) for split, found in examples.items()} == {
         "train": 7,

@@ -65,6 +65,22 @@ def test_stopped_and_continued_by_two_as_by_one(tmp_path: Path, tiny_recipe: Tin
     assert all("already done" in line for line in said)
 
 
+def test_over_a_quantized_base_as_by_one(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
+    pytest.importorskip("bitsandbytes")
+    changes = {"warmup.method": "norm", "model.quantization": "4bit"}
+    recipe = tiny_recipe(tmp_path, **changes)
+    alone = tmp_path / "alone"
+    run(load_recipe(recipe, [f"output={alone}"]), say=lambda line: None)
+    ended = launch(2, [*NEFT, "run", str(recipe)], stdout=PIPE, stderr=PIPE)
+    assert ended.returncode == 0, ended.stderr
+    expected, found = (
+        load_file(folder / "train/adapter/adapter_model.safetensors")
+        for folder in (alone, tmp_path / "run")
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def scores_in(file: Path) -> Any:
     """Without the time that it took."""
     return json.loads(file.read_text()) | {"seconds": None}
@@ -83,9 +99,11 @@ def check(
     engine: str = "fsdp2",
     method: str = "neft",
     dtype: str = "float32",
+    quantization: str | None = None,
     **options: Any,
 ) -> None:
-    model = ModelSection.model_validate({"path": "model", "dtype": dtype})
+    fields = {"path": "model", "dtype": dtype, "quantization": quantization}
+    model = ModelSection.model_validate(fields)
     training = TrainingSection(**({"learning_rate": 1, "steps": 1} | options))
     check_engine(DistributedSection.model_validate({"engine": engine}), model, training, method)
 
@@ -96,6 +114,10 @@ def check(
         ({"batch_size": 7}, "batch_size is 7, which 2 processes cannot share evenly"),
         ({"in_backward": True, "engine": "ddp"}, "before 2 processes could share their gradients"),
         ({"method": "mask"}, "fsdp2 divides them among processes. Use method 'neft'"),
+        (
+            {"quantization": "4bit"},
+            "fsdp2 cannot divide among processes. Use distributed.engine ddp",
+        ),
         ({"dtype": "float16"}, "a scaling that was not tried with fsdp2"),
         ({"engine": "zero2"}, "zero2 is not to be had yet: DeepSpeed resumes from pickles"),
         ({"engine": "zero3"}, "Use fsdp2, which divides the same things"),

@@ -169,7 +169,7 @@ class Footprint:
     """Memory of the step of a training run that takes most, in bytes."""
 
     weights: int
-    """Of the base model; with copies in 16 bits, with masks and a dequantized one, where there are any."""
+    """Of the base model; with copies in 16 bits, masks, and a dequantized one, where there are any."""
     vectors: int
     """Tensors trained beside the weights, and originals that they displaced there."""
     gradients: int

@@ -526,8 +526,9 @@ class _Texts:
             position
             for share in (0.5, 1.0, 0.5, 0.25, 0.75)
             for start in [max(0, min(round(share * last), last + 1 - together))]
-            for batch in self.batches[start : start + together]
-            for position in self._filled(batch)
+            for number in range(start, start + together)
+            # A short run may have fewer batches than it accumulates.
+            for position in self._filled(self.batches[number % len(self.batches)])
         ]
         rows = [(self.encoded.input_ids[i], self.encoded.labels[i]) for i in chosen]
         return Encoded([ids for ids, _ in rows], [labels for _, labels in rows], 0, 0)

@@ -23,7 +23,7 @@ from neft.recipe import DistributedSection, ModelSection, TrainingSection, load_
 from neft.sft.engines import check_engine
 
 if TYPE_CHECKING:
-    from conftest import TinyRecipe
+    from conftest import TinyModel, TinyRecipe
 
 NEFT = ["-m", "neft"]
 
@@ -68,15 +68,30 @@ def test_stopped_and_continued_by_two_as_by_one(tmp_path: Path, tiny_recipe: Tin
 def test_over_a_quantized_base_as_by_one(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
     pytest.importorskip("bitsandbytes")
     changes = {"warmup.method": "norm", "model.quantization": "4bit"}
+    check_by_two_as_by_one(tiny_recipe(tmp_path, **changes))
+
+
+def test_experts_by_two_as_by_one(
+    tmp_path: Path, tiny_recipe: TinyRecipe, tiny_model: TinyModel
+) -> None:
+    changes = {"warmup.method": "norm", "distributed": {"engine": "fsdp2"}}
     recipe = tiny_recipe(tmp_path, **changes)
-    alone = tmp_path / "alone"
+    for file in (tmp_path / "model").glob("model*.safetensors"):
+        file.unlink()
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    check_by_two_as_by_one(recipe)
+
+
+def check_by_two_as_by_one(recipe: Path) -> None:
+    alone = recipe.parent / "alone"
     run(load_recipe(recipe, [f"output={alone}"]), say=lambda line: None)
     ended = launch(2, [*NEFT, "run", str(recipe)], stdout=PIPE, stderr=PIPE)
     assert ended.returncode == 0, ended.stderr
     expected, found = (
         load_file(folder / "train/adapter/adapter_model.safetensors")
-        for folder in (alone, tmp_path / "run")
+        for folder in (alone, recipe.parent / "run")
     )
+    assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 

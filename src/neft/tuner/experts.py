@@ -201,7 +201,9 @@ class NeftExperts(nn.Module):
         # Not by autograd's own product: it would keep the stack, and refuse to go on once any expert's
         # vectors were written into it.
         matrix = _matrix(self._base, stack, expert)
-        resident = ResidentLayer(lambda: matrix.weight, matrix, isinstance(matrix, Conv1D))
+        resident = ResidentLayer(
+            lambda: matrix.weight, lambda x, _: matrix(x), isinstance(matrix, Conv1D)
+        )
         return write_through(x, matrix.bias, resident, [], [])
 
     def _check_in_memory(self) -> None:

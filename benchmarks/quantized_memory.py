@@ -1,6 +1,6 @@
 """Memory of training over a quantized base: NeFT beside LoRA of equal size, and both over float32.
 
-    python benchmarks/quantized_memory.py MODEL_FOLDER [--json OUT]
+    python benchmarks/quantized_memory.py MODEL_FOLDER --json out.json
 
 Each method runs in a process of its own, on the CPU with products in float32: it loads the model and
 takes a step of AdamW on 64 random tokens. Reported is the size of the tensors that are alive then:
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import multiprocessing
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from measuring import write_figures
+from processes import in_processes
 
 METHODS = ("neft", "lora", "neft 8bit", "lora 8bit", "neft 4bit", "lora 4bit")
 PERCENT = 9.0
@@ -43,18 +45,25 @@ def prepared(method: str, folder: Path) -> Any:
     return prepare(model, "lora", lora=LoraSection(rank=rank))
 
 
-def measure(method: str, folder: Path, answers: Connection) -> None:
-    """Send the figures of one method, in bytes."""
-    import torch
+class Training:
+    """One method's model and its optimizer."""
 
-    model = prepared(method, folder).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(0))
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    num_trained = sum(parameter.numel() for parameter in trained)
-    answers.send({"method": method, "trained": num_trained, "held": held()})
+    def __init__(self, method: str, folder: Path) -> None:
+        import torch
+
+        self._model = prepared(method, folder).train()
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._trained, lr=1e-4, fused=True)
+
+    def step(self) -> None:
+        import torch
+
+        ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(0))
+        self._model(input_ids=ids, labels=ids).loss.backward()
+        self._optimizer.step()
+
+    def report(self) -> dict[str, int]:
+        return {"trained": sum(p.numel() for p in self._trained), "held_bytes": held()}
 
 
 def held() -> int:
@@ -68,26 +77,18 @@ def held() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of a checkpoint")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
-    processes = multiprocessing.get_context("spawn")
-    results = []
-    for method in METHODS:
-        receiving, sending = processes.Pipe(duplex=False)
-        process = processes.Process(target=measure, args=(method, options.model, sending))
-        process.start()
-        sending.close()
-        found = receiving.recv()
-        process.join()
-        results.append(found)
-        print(
-            f"{method:12} {found['trained']:12,} trained  {found['held'] / 1e9:.2f} GB", flush=True
-        )
+    options = parser.parse_args(arguments)
+    works = {method: partial(Training, method, options.model) for method in METHODS}
+    preload = ["torch", "transformers", "peft"]
+    results = in_processes(works, rounds=0, preload=preload, together=False).reports
+    for method, found in results.items():
+        print(f"{method:12} {found['trained']:12,} trained  {found['held_bytes'] / 1e9:.2f} GB")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_figures(options.json, [], percent=PERCENT, methods=results)
 
 
 if __name__ == "__main__":

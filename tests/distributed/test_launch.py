@@ -23,7 +23,7 @@ from neft.recipe import DistributedSection, ModelSection, TrainingSection, load_
 from neft.sft.engines import check_engine
 
 if TYPE_CHECKING:
-    from conftest import TinyRecipe
+    from conftest import TinyModel, TinyRecipe
 
 NEFT = ["-m", "neft"]
 
@@ -65,6 +65,37 @@ def test_stopped_and_continued_by_two_as_by_one(tmp_path: Path, tiny_recipe: Tin
     assert all("already done" in line for line in said)
 
 
+def test_over_a_quantized_base_as_by_one(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
+    pytest.importorskip("bitsandbytes")
+    changes = {"warmup.method": "norm", "model.quantization": "4bit"}
+    check_by_two_as_by_one(tiny_recipe(tmp_path, **changes))
+
+
+def test_experts_by_two_as_by_one(
+    tmp_path: Path, tiny_recipe: TinyRecipe, tiny_model: TinyModel
+) -> None:
+    changes = {"warmup.method": "norm", "distributed": {"engine": "fsdp2"}}
+    recipe = tiny_recipe(tmp_path, **changes)
+    for file in (tmp_path / "model").glob("model*.safetensors"):
+        file.unlink()
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    check_by_two_as_by_one(recipe)
+
+
+def check_by_two_as_by_one(recipe: Path) -> None:
+    alone = recipe.parent / "alone"
+    run(load_recipe(recipe, [f"output={alone}"]), say=lambda line: None)
+    ended = launch(2, [*NEFT, "run", str(recipe)], stdout=PIPE, stderr=PIPE)
+    assert ended.returncode == 0, ended.stderr
+    expected, found = (
+        load_file(folder / "train/adapter/adapter_model.safetensors")
+        for folder in (alone, recipe.parent / "run")
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def scores_in(file: Path) -> Any:
     """Without the time that it took."""
     return json.loads(file.read_text()) | {"seconds": None}
@@ -83,9 +114,11 @@ def check(
     engine: str = "fsdp2",
     method: str = "neft",
     dtype: str = "float32",
+    quantization: str | None = None,
     **options: Any,
 ) -> None:
-    model = ModelSection.model_validate({"path": "model", "dtype": dtype})
+    fields = {"path": "model", "dtype": dtype, "quantization": quantization}
+    model = ModelSection.model_validate(fields)
     training = TrainingSection(**({"learning_rate": 1, "steps": 1} | options))
     check_engine(DistributedSection.model_validate({"engine": engine}), model, training, method)
 
@@ -96,6 +129,10 @@ def check(
         ({"batch_size": 7}, "batch_size is 7, which 2 processes cannot share evenly"),
         ({"in_backward": True, "engine": "ddp"}, "before 2 processes could share their gradients"),
         ({"method": "mask"}, "fsdp2 divides them among processes. Use method 'neft'"),
+        (
+            {"quantization": "4bit"},
+            "fsdp2 cannot divide among processes. Use distributed.engine ddp",
+        ),
         ({"dtype": "float16"}, "a scaling that was not tried with fsdp2"),
         ({"engine": "zero2"}, "zero2 is not to be had yet: DeepSpeed resumes from pickles"),
         ({"engine": "zero3"}, "Use fsdp2, which divides the same things"),

@@ -123,6 +123,14 @@ def test_epochs_become_steps(recipe: Recipe) -> None:
     assert Estimator(recipe.model_copy(update={"train": train})).stage("train").num_steps == 12
 
 
+def test_calibration_of_fewer_batches_than_a_step_accumulates(recipe: Recipe) -> None:
+    # 16 rows, 8 a batch: two batches for a step of five.
+    changes = {"steps": None, "epochs": 1.0, "batch_size": 8, "gradient_accumulation": 5}
+    train = recipe.train.model_copy(update=changes)
+    sample = Estimator(recipe)._texts("train", train).sample()
+    assert len(sample) == 5 * 5 * 8
+
+
 def test_comparison_without_weights() -> None:
     comparison = load_comparison(PAPER)
     rows = estimate_rows(comparison)

@@ -60,6 +60,18 @@ def test_a_failed_allocation_names_stage_estimate_and_remedy(
     assert not (tmp_path / "run" / "train").exists()
 
 
+def test_no_estimate_of_one_process_for_several(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(tiny_recipe(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for stage in ("warmup", "train"):
+        told = explain_shortage(recipe, stage)
+        assert told.startswith("What 2 processes take together is not estimated.")
+        assert "--set" not in told
+    assert explain_shortage(recipe, "baseline").startswith("Estimated:")
+
+
 def test_remedies_lower_the_estimate_by_what_they_say(
     tiny_recipe: TinyRecipe, tiny_model: TinyModel, tmp_path: Path
 ) -> None:

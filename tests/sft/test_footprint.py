@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,3 +256,19 @@ def test_in_backward_holds_hardly_two_gradients(tiny_config: TinyConfig) -> None
     assert found.gradients == 2 * 4 * shape.largest
     # docs/discovery.md: 4 P + 4 W, and what an update takes.
     assert found.weights + found.gradients == 4 * shape.num_parameters + 8 * shape.largest
+
+
+@pytest.mark.parametrize("method", ["neft", "lora"])
+def test_over_a_quantized_base(tiny_config: TinyConfig, method: str) -> None:
+    """Linear layers in their bits, one of them dequantized, and no originals of the vectors."""
+    network = as_module(tiny_config())
+    shape, plain = Shape.of(network), what_trains(network, method, "bfloat16")
+    layers = [p.num_neurons * p.vector_length for p in find_projections(network, ["*"])]
+    batch = batch_of(is_padded=False)[1]
+    for quantization, width in (("4bit", 0.5 + (1 + 4 / 256) / 64), ("8bit", 1)):
+        trained = replace(plain, quantization=quantization)
+        found = footprint(shape, trained, batch, on_cpu=False)
+        rest = shape.num_parameters - sum(layers)
+        assert found.weights == round(2 * rest + width * sum(layers)) + 2 * max(layers)
+        assert found.vectors == 4 * trained.num_scalars
+        assert found.peak < footprint(shape, plain, batch, on_cpu=False).peak

@@ -202,6 +202,40 @@ def test_vectors_are_all_that_gradients_are_computed_for(tiny_model):
     assert shapes == {tuple(p.shape) for p in vectors(wrapped).values()}
 
 
+@every_mixture
+def test_gradients_pass_experts_without_a_chosen_neuron(tiny_model, model_type):
+    plain = tiny_model(model_type)
+    neurons = choose(plain, modules=["*.experts.*.1", "q"])
+    wrapped = adapted(copy.deepcopy(plain), neurons).train()
+    twin = replaced_by_hand(plain, wrapped).train()
+    loss(twin).backward()
+    loss(wrapped).backward()
+    for name, gradient in gradients(wrapped).items():
+        module = name.removeprefix("base_model.model.").partition(".neft_vectors.")[0]
+        projection = neurons.projections[module]
+        whole = projection.weight_in(twin.get_parameter(projection.parameter).grad)
+        expected = whole.index_select(projection.neuron_dim, torch.from_numpy(neurons[module]))
+        by_neuron = expected if projection.neuron_dim == 0 else expected.T
+        torch.testing.assert_close(gradient, by_neuron, rtol=1e-4, atol=1e-6)
+
+
+def test_training_beside_a_merged_adapter(tiny_model):
+    """Its experts share their stack with those that are written to."""
+    plain = tiny_model("mixtral")
+    wrapped = with_second(
+        adapted(copy.deepcopy(plain), choose(plain, modules=["*.experts.*.0"])),
+        choose(plain, modules=["*.experts.*.1"]),
+    ).train()
+    wrapped.base_model.set_adapter(["default", "other"])
+    loss(wrapped).backward()
+    expected = {name: p.grad.clone() for name, p in vectors(wrapped, "other").items()}
+    wrapped.zero_grad()
+    wrapped.merge_adapter(["default"])
+    loss(wrapped).backward()
+    for name, parameter in vectors(wrapped, "other").items():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
 def test_loading_base_weights_after_the_adapter(tiny_model):
     """The old values, kept while vectors are resident, must not come back over the new ones."""
     wrapped = adapted(tiny_model("mixtral"))

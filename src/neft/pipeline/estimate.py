@@ -28,6 +28,7 @@ from neft.recipe import (
     TrainingSection,
     WarmupSection,
 )
+from neft.sft.counting import WIDTHS
 from neft.sft.footprint import (
     Batch,
     Footprint,
@@ -35,8 +36,10 @@ from neft.sft.footprint import (
     Trained,
     activations,
     footprint,
+    frozen_weights,
     loss_bytes,
     trained_tensors,
+    vectors_bytes,
 )
 
 if TYPE_CHECKING:
@@ -205,6 +208,7 @@ class Estimator:
             neurons,
             lora,
             self._recipe.model.attn_implementation,
+            self._recipe.model.quantization,
         )
 
     def _training(
@@ -319,17 +323,21 @@ class Estimator:
         # Weights stay in their own dtype: no masters, no states, one gradient.
         frozen = replace(in_out, tensors=[(largest,)])
         kept, loss = activations(self._shape, frozen, batch), loss_bytes(self._shape, batch)
-        weights, gradient = frozen.width * self._shape.num_parameters, frozen.width * largest
+        weights, gradient = self._frozen_weights, frozen.width * largest
         return Footprint(
             weights, 0, gradient, 0, kept, loss, 0, weights + max(kept + loss, kept + gradient)
         )
 
+    @property
+    def _frozen_weights(self) -> int:
+        model = self._recipe.model
+        return frozen_weights(self._shape, model.dtype, model.quantization)
+
     def _forward(self, batch: Batch, cache: int = 0, logits: int = 0) -> Footprint:
         """One layer's tensors at a time, whatever else is kept."""
-        width = self._what_trains("embed", self._recipe.train, None, None).width
-        weights = width * self._shape.num_parameters
+        weights = self._frozen_weights
         per_token = 3 * self._shape.intermediate + 4 * self._shape.hidden
-        kept = cache + width * batch.num_tokens * per_token
+        kept = cache + WIDTHS[self._recipe.model.dtype] * batch.num_tokens * per_token
         return Footprint(weights, 0, 0, 0, kept, logits, 0, weights + kept + logits)
 
     def _generating(self, stage: str) -> StageEstimate:
@@ -337,14 +345,12 @@ class Estimator:
         options = self._recipe.evaluate
         num_texts = options.batch_size * options.num_beams
         length = self._longest_prompt + options.max_new_tokens
-        width = 4 if self._recipe.model.dtype == "float32" else 2
+        width = WIDTHS[self._recipe.model.dtype]
         cache = 2 * width * self._shape.keys * self._shape.num_layers * num_texts * length
         logits = 2 * _FLOAT32 * num_texts * self._shape.vocabulary
         memory = self._forward(Batch(options.batch_size, self._longest_prompt, 0), cache, logits)
-        if stage == "evaluate" and self.trained.makes_adapter:
-            vectors = sum(map(math.prod, self.trained.tensors)) * (
-                _FLOAT32 + (width if self.trained.method == "neft" else 0)
-            )
+        if stage == "evaluate":
+            vectors = vectors_bytes(self.trained)
             memory = replace(memory, vectors=vectors, peak=memory.peak + vectors)
         return self._finished(stage, "generate", memory)
 
@@ -520,8 +526,9 @@ class _Texts:
             position
             for share in (0.5, 1.0, 0.5, 0.25, 0.75)
             for start in [max(0, min(round(share * last), last + 1 - together))]
-            for batch in self.batches[start : start + together]
-            for position in self._filled(batch)
+            for number in range(start, start + together)
+            # A short run may have fewer batches than it accumulates.
+            for position in self._filled(self.batches[number % len(self.batches)])
         ]
         rows = [(self.encoded.input_ids[i], self.encoded.labels[i]) for i in chosen]
         return Encoded([ids for ids, _ in rows], [labels for _, labels in rows], 0, 0)

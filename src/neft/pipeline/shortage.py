@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neft import processes
 from neft.errors import NeftError, UsageError
 from neft.memory import available_memory, is_shortage
 from neft.pipeline.estimate import Estimator, StageEstimate
@@ -36,6 +37,11 @@ def explain_shortage(recipe: Recipe, stage: str) -> str:
 
 
 def _estimate(recipe: Recipe, stage: str) -> list[str]:
+    if (several := processes.num_processes()) > 1 and _trains(recipe, stage):
+        return [
+            f"What {several} processes take together is not estimated. Each takes less with a smaller "
+            f"{stage}.batch_size, with {stage}.gradient_checkpointing, or with distributed.engine fsdp2."
+        ]
     try:
         estimator = Estimator(recipe)
         if stage not in estimator.names:
@@ -51,6 +57,12 @@ def _estimate(recipe: Recipe, stage: str) -> list[str]:
     if remedies:
         lines += ["What helps, most first:", *(f"  {remedy}" for remedy in remedies)]
     return lines
+
+
+def _trains(recipe: Recipe, stage: str) -> bool:
+    """Whether all processes of a launch share the stage; the first does the others alone."""
+    warms_up = recipe.warmup is not None and recipe.warmup.trains
+    return stage == "train" or (stage == "warmup" and warms_up)
 
 
 def remedies_of(estimator: Estimator, now: StageEstimate) -> list[Remedy]:

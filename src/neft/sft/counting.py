@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
-_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+WIDTHS: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a scalar."""
 # With its scales: a byte for 64 weights in 4 bits, themselves scaled by four for 256.
 _QUANTIZED_BYTES: dict[Quantization, float] = {"4bit": 0.5 + (1 + 4 / 256) / 64, "8bit": 1.0}
 
@@ -63,6 +64,34 @@ def _lora_parameters_of_one_rank(network: nn.Module) -> int:
     )
 
 
+def num_linear(network: nn.Module) -> int:
+    """Count the scalars of all linear layers but the LM head: those that quantization packs.
+
+    Raises:
+        ArchitectureError: a network without linear layers.
+    """
+    return sum(p.num_neurons * p.vector_length for p in lora_projections(network))
+
+
+def frozen_bytes(
+    num_parameters: int, num_linear: int, dtype: DType, quantization: Quantization | None
+) -> int:
+    """Bytes of weights that nothing trains.
+
+    Args:
+        num_parameters: scalars of the base model.
+        num_linear: as ``num_linear`` counts.
+        dtype: ``model.dtype`` of the recipe.
+        quantization: ``model.quantization``.
+    """
+    width = WIDTHS[dtype]
+    if quantization is None:
+        return width * num_parameters
+    return round(
+        width * (num_parameters - num_linear) + _QUANTIZED_BYTES[quantization] * num_linear
+    )
+
+
 def memory_bytes(
     network: nn.Module,
     train: TrainSection,
@@ -92,14 +121,11 @@ def memory_bytes(
         quantization: ``model.quantization``; only with ``lora`` and ``neft``.
     """
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    width = _BYTES[dtype]
+    width = WIDTHS[dtype]
     if find_method(train.method).makes_adapter:
-        if quantization is not None:
-            packed = sum(p.num_neurons * p.vector_length for p in lora_projections(network))
-            frozen = width * (num_parameters - packed) + _QUANTIZED_BYTES[quantization] * packed
-            return round(frozen) + 16 * num_trainable
-        displaced = width * num_trainable if train.method == "neft" else 0
-        return width * num_parameters + 16 * num_trainable + displaced
+        frozen = frozen_bytes(num_parameters, num_linear(network), dtype, quantization)
+        is_displaced = train.method == "neft" and quantization is None
+        return frozen + 16 * num_trainable + is_displaced * width * num_trainable
     copies = 0 if dtype == "float32" else width * num_parameters
     if train.method == "mask":
         return (4 + 12 + 1) * num_parameters + copies

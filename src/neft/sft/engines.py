@@ -53,6 +53,11 @@ def check_engine(
             f"Method 'mask' masks gradients of whole weights, and {engine} divides them among "
             "processes. Use method 'neft', which computes the same, or distributed.engine ddp."
         )
+    if model.quantization is not None:
+        raise UsageError(
+            f"model.quantization is {model.quantization!r}, whose packed weights {engine} cannot divide "
+            "among processes. Use distributed.engine ddp, or leave the base as it is."
+        )
     if model.dtype == "float16":
         raise UsageError(
             f"model.dtype is float16, whose gradients need a scaling that was not tried with {engine}. "

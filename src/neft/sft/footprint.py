@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from neft.errors import ArchitectureError
 from neft.neurons import Axis, NeuronSet, Projection
 from neft.projections import find_projections
-from neft.recipe import LoraSection, TrainingSection
+from neft.recipe import LoraSection, Quantization, TrainingSection
+from neft.sft.counting import WIDTHS, DType, frozen_bytes, num_linear
 from neft.sft.methods import find_method, lora_projections
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ _FLOAT32 = 4
 # LoRA throws away three products between any two that it keeps.
 _KEPT_BACK = {"neft": 0.3, "lora": 0.7}
 _KEPT_BACK_ELSE = 0.4
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,12 @@ class Shape:
     is_tied: bool
     """Whether the LM head is the embedding."""
     num_parameters: int
+    num_linear: int
+    """Parameters of all linear layers but the LM head."""
     largest: int
     """Scalars of the largest weight."""
+    largest_linear: int
+    """Of the largest among these layers."""
 
     @classmethod
     def of(cls, network: nn.Module) -> Shape:
@@ -85,7 +89,9 @@ class Shape:
             is_gated=any("gate" in projection.role for projection in projections),
             is_tied=bool(config.tie_word_embeddings),
             num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+            num_linear=num_linear(network),
             largest=max(parameter.numel() for parameter in network.parameters()),
+            largest_linear=max(p.num_neurons * p.vector_length for p in projections),
         )
 
 
@@ -116,7 +122,7 @@ class Trained:
     """What is trained, and how."""
 
     method: str
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: DType
     """``model.dtype`` of the recipe."""
     options: TrainingSection
     tensors: Sequence[TensorShape]
@@ -127,11 +133,13 @@ class Trained:
     """For ``lora``, with ``rank`` resolved."""
     attention: str | None = None
     """``model.attn_implementation`` of the recipe."""
+    quantization: Quantization | None = None
+    """``model.quantization`` of the recipe."""
 
     @property
     def width(self) -> int:
         """Bytes of a scalar in ``dtype``."""
-        return _WIDTHS[self.dtype]
+        return WIDTHS[self.dtype]
 
     @property
     def makes_adapter(self) -> bool:
@@ -161,7 +169,7 @@ class Footprint:
     """Memory of the step of a training run that takes most, in bytes."""
 
     weights: int
-    """Of the base model; with copies in 16 bits, and with masks, where there are any."""
+    """Of the base model; with copies in 16 bits, masks, and a dequantized one, where there are any."""
     vectors: int
     """Tensors trained beside the weights, and originals that they displaced there."""
     gradients: int
@@ -222,7 +230,7 @@ def footprint(shape: Shape, trained: Trained, batch: Batch, *, on_cpu: bool) -> 
         batch: the largest.
         on_cpu: whether memory is that of a process, and not of an accelerator.
     """
-    weights, vectors = _weights(shape, trained), _vectors(trained)
+    weights, vectors = _weights(shape, trained), vectors_bytes(trained)
     gradients, optimizer = _gradients(shape, trained), _optimizer(trained)
     kept = activations(shape, trained, batch)
     loss = loss_bytes(shape, batch)
@@ -246,19 +254,29 @@ def footprint(shape: Shape, trained: Trained, batch: Batch, *, on_cpu: bool) -> 
 
 
 def _weights(shape: Shape, trained: Trained) -> int:
-    """``b P`` frozen; float32 masters with copies for products in 16 bits; a byte a weight for a mask."""
+    """Frozen; or float32 masters with copies for products in 16 bits, and a byte a weight for a mask."""
     if trained.makes_adapter:
-        return trained.width * shape.num_parameters
+        return frozen_weights(shape, trained.dtype, trained.quantization)
     copies = 0 if trained.width == _FLOAT32 else trained.width * shape.num_parameters
     mask = shape.num_parameters if trained.method == "mask" else 0
     return _FLOAT32 * shape.num_parameters + copies + mask
 
 
-def _vectors(trained: Trained) -> int:
-    """Tensors of the adapter in float32; for NeFT, the originals too, in the dtype of the weight."""
+def frozen_weights(shape: Shape, dtype: DType, quantization: Quantization | None) -> int:
+    """Bytes of weights that nothing trains; of quantized ones, one is dequantized at a time."""
+    dequantized = 0 if quantization is None else WIDTHS[dtype] * shape.largest_linear
+    return frozen_bytes(shape.num_parameters, shape.num_linear, dtype, quantization) + dequantized
+
+
+def vectors_bytes(trained: Trained) -> int:
+    """Tensors of the adapter in float32; for NeFT, the originals too, in the dtype of the weight.
+
+    A quantized weight is not written to, so none are displaced there.
+    """
     if not trained.makes_adapter:
         return 0
-    displaced = trained.width if trained.method == "neft" else 0
+    is_displaced = trained.method == "neft" and trained.quantization is None
+    displaced = trained.width if is_displaced else 0
     return (_FLOAT32 + displaced) * trained.num_scalars
 
 

@@ -196,8 +196,10 @@ class NeftExperts(nn.Module):
     def _linear(self, stack: str, expert: int, x: Tensor) -> Tensor:
         layers = cast("nn.ModuleDict", self.get_submodule(stack))
         if str(expert) in layers:
-            y: Tensor = layers[str(expert)](x)
-            return y
+            layer = cast("NeftExpertMatrix", layers[str(expert)])
+            if not layer.merged or layer.disable_adapters:
+                y: Tensor = layer(x)
+                return y
         # Not by autograd's own product: it would keep the stack, and refuse to go on once any expert's
         # vectors were written into it.
         matrix = _matrix(self._base, stack, expert)

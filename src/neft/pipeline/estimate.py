@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neft.errors import OutOfMemoryError, UsageError
+from neft.errors import RunError, UsageError
 from neft.memory import available_memory, release_free_memory, resident_memory
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.pipeline.stages import needs_neurons, stage_names
@@ -273,7 +273,7 @@ class Estimator:
             return replace(found, not_timed=reason)
         try:
             trial = _try(self._recipe, options, trained, texts)
-        except (UsageError, OutOfMemoryError) as error:
+        except (UsageError, RunError) as error:
             return replace(found, not_timed=str(error))  # what was estimated holds all the same
         # The first step sets up, the second is the worst.
         seconds = trial.seconds[2:]

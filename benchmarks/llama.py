@@ -49,6 +49,35 @@ def random_llama(shape: Shape) -> Any:
     return LlamaForCausalLM(shape.config).eval()
 
 
+def random_neurons(
+    model: Any, percent: float, seed: int = 0, modules: Sequence[str] = ("up", "down")
+) -> Any:
+    """A random choice of neurons: which ones makes no difference to the speed."""
+    import numpy as np
+
+    from neft import NeuronScores, find_projections
+
+    projections = find_projections(model, modules=modules)
+    scores = NeuronScores(
+        projections,
+        {p.name: np.zeros(p.num_neurons) for p in projections},
+        total_parameters=sum(p.numel() for p in model.parameters()),
+    )
+    return scores.select(percent=percent, which="random", seed=seed)
+
+
+def equal_rank(model: Any, budget: int) -> int:
+    """The rank on all linear layers but the head that comes nearest to ``budget`` parameters."""
+    from torch import nn
+
+    per_rank = sum(
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    )
+    return max(1, round(budget / per_rank))
+
+
 def with_adapters(method: str, model: Any, percent: float, names: Sequence[str]) -> Any:
     """A ``PeftModel`` with adapters that change the model's output; the first is active.
 
@@ -78,7 +107,6 @@ def _config(method: str, model: Any, percent: float, seed: int) -> Any:
     from peft import LoraConfig
 
     from neft import NeftConfig
-    from train_step import equal_rank, random_neurons
 
     neurons = random_neurons(model, percent, seed)
     if method == "neft":

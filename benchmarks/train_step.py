@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import llama
+from llama import Shape, equal_rank, random_neurons
 from measuring import Ratio, ratio, resident_bytes, restart_peak, write_figures
 from processes import in_processes
 
@@ -30,15 +32,9 @@ QUICK = ("floor", "neft", "lora", "mask", "full")
 
 
 @dataclass(frozen=True)
-class Preset:
+class Preset(Shape):
     """A Llama shape with random weights, the batch that it trains on, and how."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    vocab_size: int
     batch_size: int
     sequence_length: int
     rounds: int
@@ -70,15 +66,7 @@ PRESETS = {
     ),
 }
 # So small that it costs nothing, of the same make.
-TINY: dict[str, int] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "sequence_length": 16,
-}
+TINY: dict[str, int] = asdict(llama.TINY) | {"sequence_length": 16}
 
 TARGETS = {
     ("neft", "lora", "step"): 0.85,
@@ -110,42 +98,17 @@ class Step:
 def build_model(preset: Preset) -> Any:
     """The same random model in every process."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=preset.hidden_size,
-        intermediate_size=preset.intermediate_size,
-        num_hidden_layers=preset.num_layers,
-        num_attention_heads=preset.num_heads,
-        num_key_value_heads=preset.num_key_value_heads,
-        vocab_size=preset.vocab_size,
-        max_position_embeddings=preset.sequence_length,
-        tie_word_embeddings=preset.is_tied,
-        use_cache=False,
-    )
+    config = preset.config
+    config.tie_word_embeddings = preset.is_tied
+    config.use_cache = False
     torch.manual_seed(0)
     with torch.device(preset.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, preset.dtype))
     if preset.checkpoints_layers:
         model.activation_checkpointing_enable()
     return model
-
-
-def random_neurons(
-    model: Any, percent: float, seed: int = 0, modules: Sequence[str] = ("up", "down")
-) -> Any:
-    """A random choice of neurons: which ones makes no difference to the speed."""
-    import numpy as np
-
-    from neft import NeuronScores, find_projections
-
-    projections = find_projections(model, modules=modules)
-    scores = NeuronScores(
-        projections,
-        {p.name: np.zeros(p.num_neurons) for p in projections},
-        total_parameters=sum(p.numel() for p in model.parameters()),
-    )
-    return scores.select(percent=percent, which="random", seed=seed)
 
 
 def first_neurons(model: Any, percent: float) -> Any:
@@ -158,18 +121,6 @@ def first_neurons(model: Any, percent: float) -> Any:
     projections = chosen.projections
     each = len(chosen) // len(projections)
     return NeuronSet(projections.values(), {name: np.arange(each) for name in projections})
-
-
-def equal_rank(model: Any, budget: int) -> int:
-    """The rank on all linear layers but the head that comes nearest to ``budget`` parameters."""
-    from torch import nn
-
-    per_rank = sum(
-        module.in_features + module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    )
-    return max(1, round(budget / per_rank))
 
 
 def adapted(model: Any, config: Any) -> Any:

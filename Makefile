@@ -29,6 +29,8 @@ data: $(INSTALLED)
 replicate-small: data
 	$(BIN)/neft compare replication/small/translation.yaml
 	$(BIN)/neft compare replication/small/summarization.yaml
+	$(BIN)/neft compare replication/small/discovery.yaml
+	$(BIN)/neft compare replication/small/choosing.yaml
 
 JOBS ?= 1
 replicate: data

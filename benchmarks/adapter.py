@@ -9,7 +9,6 @@ same in turn, round by round, in one process, each on a model of its own. See RE
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama import SMOLLM2, Shape, random_llama, with_adapters
-from measuring import Ratio, in_turn, ratio, timed, write_figures
+from measuring import Ratio, in_turn, options_parser, ratio, timed, write_figures
 
 METHODS = ("neft", "lora")
 OPERATIONS = ("save", "load", "swap", "merge", "unmerge")
@@ -165,10 +164,7 @@ def print_tables(results: Mapping[str, Any], table: list[Ratio]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args(arguments)
+    options = options_parser(__doc__, "fewer rounds").parse_args(arguments)
     preset = PRESETS["quick" if options.quick else "full"]
     with tempfile.TemporaryDirectory() as folder:
         results = run(preset, Path(folder))

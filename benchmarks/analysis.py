@@ -10,16 +10,14 @@ Neither reads files. See README.md beside this file for the protocol.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from llama import Shape
-from measuring import Ratio, in_turn, ratio, timed, write_figures
+from measuring import Ratio, in_turn, options_parser, ratio, timed, write_figures
 from neft.checkpoints.source import TensorInfo, WeightSource
 from processes import peaks
 
@@ -186,10 +184,8 @@ def print_tables(preset: Preset, results: Mapping[str, Any], table: list[Ratio])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="four layers, fewer rounds")
+    parser = options_parser(__doc__, "four layers, fewer rounds")
     parser.add_argument("--layers", type=int, help="of the model; nothing is extrapolated")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
     preset = PRESETS["quick" if options.quick else "full"]
     if options.layers:

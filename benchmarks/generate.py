@@ -9,16 +9,14 @@ three models generate in turn, round by round, in one process. See README.md bes
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from llama import SMOLLM2, Shape, random_llama, with_adapters
-from measuring import Ratio, in_turn, ratio, timed, write_figures
+from measuring import Ratio, in_turn, options_parser, ratio, timed, write_figures
 
 METHODS = ("base", "neft", "lora")
 TARGET = 1.02
@@ -105,10 +103,7 @@ def tokens_per_second(preset: Preset, batch_size: int, seconds: list[float]) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds of fewer tokens")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args(arguments)
+    options = options_parser(__doc__, "fewer rounds of fewer tokens").parse_args(arguments)
     preset = PRESETS["quick" if options.quick else "full"]
     seconds = run(preset)
     table = ratios(seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -39,6 +40,14 @@ class Ratio:
         spread = "" if self.min == self.max else f"  ({self.min:.3f} .. {self.max:.3f})"
         target = "" if self.target is None else f"  target <= {self.target}"
         return f"{self.name:28} {self.median:.3f}{spread}{target}{'  MISSED' if self.is_missed else ''}"
+
+
+def options_parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """Of a benchmark's command line: its first line of help, and what ``--quick`` leaves out."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    return parser
 
 
 def ratio(

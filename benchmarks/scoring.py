@@ -10,7 +10,6 @@ method must do that looks at every weight once. See README.md beside this file f
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llama import Shape
-from measuring import Ratio, in_turn, ratio, timed, write_figures
+from measuring import Ratio, in_turn, options_parser, ratio, timed, write_figures
 from processes import peaks
 
 DTYPES = ("bfloat16", "float32")
@@ -209,10 +208,7 @@ def print_tables(results: dict[str, Any], table: list[Ratio]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="smaller checkpoints, fewer rounds")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args(arguments)
+    options = options_parser(__doc__, "smaller checkpoints, fewer rounds").parse_args(arguments)
     preset = PRESETS["quick" if options.quick else "full"]
     with tempfile.TemporaryDirectory() as folder:
         results = run(preset, Path(folder))

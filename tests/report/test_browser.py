@@ -113,7 +113,7 @@ def test_it_loads_in_silence_and_runs_no_script_of_a_model(visit: Visit) -> None
     dialog = visit.tab.locator("#neuron-dialog")
     assert HOSTILE in dialog.locator(".chips").first.inner_text()
     assert HOSTILE in dialog.locator("mark").first.inner_text()
-    assert HOSTILE in visit.tab.locator("#samples").inner_text()
+    assert HOSTILE in visit.tab.locator("#samples").text_content()
     assert dialog.locator("b, img, script").count() == 0
     assert visit.tab.title().startswith("NeFT on")
 

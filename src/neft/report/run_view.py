@@ -37,6 +37,7 @@ _METHODS = {
     "neft": "NeFT",
 }
 _NUM_SAMPLES = 20
+_NUM_SHOWN = 5
 # Characters of a sample that are shown; predictions.jsonl has all.
 _EXCERPT = 600
 
@@ -238,22 +239,33 @@ def _samples(run: RunData) -> Iterator[Block]:
     if not run.samples:
         yield Gap("No model has answered the test split yet.", run_command(run))
         return
-    chosen = _spread(run.samples)
-    rows = [
-        tuple(map(_excerpt, (sample.prompt, sample.reference, sample.before, sample.after)))
-        for sample in chosen
-    ]
-    count = f"{len(chosen)} of {len(run.samples):,}" if len(chosen) < len(run.samples) else "All"
-    yield Cells(
+    chosen = _spread(run.samples, _NUM_SAMPLES)
+    shown = _spread(chosen, _NUM_SHOWN)
+    more = [sample for sample in chosen if sample not in shown]
+    count = f"{len(shown)} of {len(run.samples):,}" if len(shown) < len(run.samples) else "All"
+    yield _side_by_side(
         f"{count} test examples, spread evenly over the test split, so that nobody chose them",
+        shown,
+    )
+    if more:
+        yield _side_by_side("The same of further examples", more, f"{len(more)} further examples")
+
+
+def _side_by_side(caption: str, samples: Sequence[Sample], summary: str = "") -> Cells:
+    return Cells(
+        caption,
         ("prompt", "reference", "base model", "trained model"),
-        rows,
+        [
+            tuple(map(_excerpt, (sample.prompt, sample.reference, sample.before, sample.after)))
+            for sample in samples
+        ],
         texts=True,
+        summary=summary,
     )
 
 
-def _spread(samples: Sequence[Sample]) -> list[Sample]:
-    count = min(_NUM_SAMPLES, len(samples))
+def _spread(samples: Sequence[Sample], num_samples: int) -> list[Sample]:
+    count = min(num_samples, len(samples))
     return [samples[(2 * part + 1) * len(samples) // (2 * count)] for part in range(count)]
 
 

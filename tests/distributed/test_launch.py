@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import launch, launching
+from training import ACCELERATE, TORCHRUN, launch, launching
 from typer.testing import CliRunner
 
 from neft import processes
@@ -82,10 +82,17 @@ def test_experts_by_two_as_by_one(
     check_by_two_as_by_one(recipe)
 
 
-def check_by_two_as_by_one(recipe: Path) -> None:
+def test_launched_by_accelerate(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
+    changes = {"warmup.method": "norm", "distributed": {"engine": "fsdp2"}}
+    check_by_two_as_by_one(tiny_recipe(tmp_path, **changes), ACCELERATE)
+    record = json.loads((tmp_path / "run/train/training.json").read_text())
+    assert record["crew"] == {"num_processes": 2, "engine": "fsdp2"}
+
+
+def check_by_two_as_by_one(recipe: Path, launcher: list[str] = TORCHRUN) -> None:
     alone = recipe.parent / "alone"
     run(load_recipe(recipe, [f"output={alone}"]), say=lambda line: None)
-    ended = launch(2, [*NEFT, "run", str(recipe)], stdout=PIPE, stderr=PIPE)
+    ended = launch(2, [*NEFT, "run", str(recipe)], launcher, stdout=PIPE, stderr=PIPE)
     assert ended.returncode == 0, ended.stderr
     expected, found = (
         load_file(folder / "train/adapter/adapter_model.safetensors")

@@ -79,17 +79,28 @@ def by_several(cases: Mapping[str, Case], folder: Path) -> dict[str, str | None]
     return json.loads(told.read_text())
 
 
-def launch(num_processes: int, command: list[str], **options: Any) -> CompletedProcess[str]:
-    """Start a command by torchrun, and wait for its end."""
-    launched = launching(num_processes, command, **options)
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+# Without GPUs, too; by ``--cpu`` accelerate would start one process. Port 0: any that is free.
+ACCELERATE = (
+    "accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no --num_processes"
+).split()
+
+
+def launch(
+    num_processes: int, command: list[str], launcher: list[str] = TORCHRUN, **options: Any
+) -> CompletedProcess[str]:
+    """Start a command by a launcher, and wait for its end."""
+    launched = launching(num_processes, command, launcher, **options)
     stdout, stderr = launched.communicate(timeout=300)
     return CompletedProcess(command, launched.returncode, stdout, stderr)
 
 
-def launching(num_processes: int, command: list[str], **options: Any) -> Popen[str]:
-    """Start a command by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    arguments = [sys.executable, *launcher, str(num_processes), *command]
+def launching(
+    num_processes: int, command: list[str], launcher: list[str] = TORCHRUN, **options: Any
+) -> Popen[str]:
+    """Start a command by a launcher."""
+    arguments = [sys.executable, "-m", *launcher, str(num_processes), *command]
     return Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **options)
 
 

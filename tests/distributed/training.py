@@ -81,10 +81,9 @@ def by_several(cases: Mapping[str, Case], folder: Path) -> dict[str, str | None]
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 # Without GPUs, too; by ``--cpu`` accelerate would start one process. Port 0: any that is free.
-ACCELERATE = (
-    "accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 "
-    "--mixed_precision no --dynamo_backend no --num_processes"
-).split()
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+ACCELERATE += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+ACCELERATE += ["--num_processes"]
 
 
 def launch(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from neft.errors import NeuronError
 from neft.models import load_model, load_tokenizer
@@ -113,6 +114,21 @@ def test_norm_needs_no_length(recipe: Path) -> None:
     options = Recipe.model_validate(fields)
     quietly(options)
     assert equal(scores_of(options), score_by_norm(options.model.path))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_warmup_from_a_16_bit_base_rounds_nothing(
+    recipe: Path, tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model").bfloat16().save_pretrained(
+        tmp_path / "model"
+    )
+    options = loaded(recipe, f"warmup.method={method}", "model.dtype=float32")
+    quietly(options)
+    provenance = scores_of(options).provenance
+    assert provenance["dtypes"] == {"before": ["bfloat16"], "after": ["float32"]}
+    assert "rounding" not in provenance
+    assert "ounding" not in caplog.text
 
 
 def test_lora_is_merged(recipe: Path) -> None:

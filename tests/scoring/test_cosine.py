@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import neft
 from neft.checkpoints import open_weights
-from neft.errors import ArchitectureError, CheckpointError
+from neft.errors import ArchitectureError, CheckpointError, NeuronError
 from neft.neurons import Axis, NeuronScores
 from neft.scoring import score_neurons
-from neft.scoring.rounding import rounding_floor
+from neft.scoring.rounding import rounding_floor, rounding_turn
 from reference.cosine import cosine_distances
 
 if TYPE_CHECKING:
@@ -171,10 +171,11 @@ def test_16_bits_are_warned_of(tiny_model: TinyModel, caplog: pytest.LogCaptureF
     before = tiny_model()
     scores = score_neurons(before, fine_tuned(before).bfloat16())
     floor = rounding_floor("bfloat16")
-    share = float(np.mean(np.concatenate([*scores.distances.values()]) < floor))
+    share = float(np.mean(np.concatenate([*scores.distances.values()]) <= floor))
     assert 0.0 < share < 1.0
     assert scores.provenance["rounding"] == {
         "dtype": "bfloat16",
+        "typical": rounding_turn("bfloat16"),
         "floor": floor,
         "share_below": share,
     }
@@ -183,18 +184,40 @@ def test_16_bits_are_warned_of(tiny_model: TinyModel, caplog: pytest.LogCaptureF
     assert (record.name, record.levelno) == ("neft.scoring.cosine", logging.WARNING)
     assert record.getMessage() == (
         "LlamaForCausalLM holds bfloat16 weights. Rounding to bfloat16 alone moves a neuron by 1 - cos "
-        f"of about 1.1e-06, and {share:.1%} of the neurons moved less than that: their order may be "
-        "noise. Keep and score the float32 weights of the fine-tune."
+        f"of about 1.1e-06, hardly any by more than 2.5e-06, and {share:.1%} of the neurons moved no "
+        "more than that: their order may be noise. Keep and score the float32 weights of the fine-tune."
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_is_above_rounding_where_there_was_nothing_else(
+    dtype: torch.dtype, tiny_model: TinyModel
+) -> None:
+    model = tiny_model(hidden_size=512, intermediate_size=1024)
+    scores = score_neurons(model, copy.deepcopy(model).to(dtype), ["*"])
+    typical = scores.provenance["rounding"]["typical"]
+    distances = np.concatenate([*scores.distances.values()])
+    assert (distances > typical).mean() > 0.5
+    with pytest.raises(NeuronError, match="hold only 0 neurons"):
+        scores.select(count=1, above_rounding=True)
 
 
 def test_a_16_bit_original_may_be_exact(
     tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = tiny_model().half()
-    after = fine_tuned(tiny_model().half().float())
-    assert score_neurons(before, after).provenance["rounding"]["dtype"] == "float16"
+    after = fine_tuned(tiny_model().half().float(), step=1e-6)
+    scores = score_neurons(before, after)
+    assert "rounding" not in scores.provenance
+    assert len(scores.select(count=len(scores), above_rounding=True)) == len(scores)
+    assert "Rounding to float16 alone moves" in caplog.text
     assert "Disregard this if LlamaForCausalLM was trained from exactly these" in caplog.text
+    caplog.clear()
+    known = score_neurons(before, after, from_these=True)
+    assert known.provenance == scores.provenance
+    assert caplog.text == ""
+    score_neurons(before, after.bfloat16(), from_these=True)
+    assert "holds bfloat16 weights" in caplog.text
 
 
 @pytest.mark.parametrize("side", ["before", "after"])

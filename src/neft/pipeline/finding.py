@@ -47,7 +47,8 @@ def find_in_weights(
     if after is None:
         return score_by_norm(before, modules)
     if (Path(after).expanduser() / CONFIG).is_file():
-        return score_neurons(before, merged(ModelSection(path=before), Path(after)), modules)
+        tuned = merged(ModelSection(path=before), Path(after))
+        return score_neurons(before, tuned, modules, from_these=True)
     return score_neurons(before, after, modules)
 
 

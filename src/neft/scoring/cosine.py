@@ -38,6 +38,7 @@ def score_neurons(
     modules: Sequence[str] | None = None,
     *,
     axes: Mapping[str, Axis] | None = None,
+    from_these: bool = False,
     progress: bool = True,
 ) -> NeuronScores:
     """Cosine similarity of every neuron before and after fine-tuning (Algorithm 1, step 2).
@@ -53,6 +54,8 @@ def score_neurons(
         modules: projections to score, by role, module name or pattern (see ``find_projections``);
             default: up and down.
         axes: pattern of module names -> axis, for modules that the architecture table does not know.
+        from_these: whether ``after`` is known to be trained from exactly the weights of ``before``; if
+            these have 16 bits, nothing was rounded then, and there is no warning.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
     Returns:
@@ -82,9 +85,12 @@ def score_neurons(
         "dtypes": {"before": sorted(dtypes_before), "after": sorted(dtypes_after)},
         "neft": __version__,
     }
-    if rounding := find_rounding(dtypes_before | dtypes_after, distances.values()):
+    if rounding := find_rounding(dtypes_after, distances.values()):
         provenance["rounding"] = asdict(rounding)
-        _warn(rounding, original, tuned, after_is_rounded=rounding.dtype in dtypes_after)
+        _warn(rounding, tuned, "Keep and score the float32 weights of the fine-tune.")
+    elif not from_these and (rounding := find_rounding(dtypes_before, distances.values())):
+        start = f"exactly these {rounding.dtype} weights"
+        _warn(rounding, original, f"Disregard this if {tuned.label} was trained from {start}.")
     return NeuronScores(projections, distances, total_parameters, provenance)
 
 
@@ -145,20 +151,15 @@ class _Pair:
         raise AssertionError(f"{self.projection.name}: NaN distances from finite weights")
 
 
-def _warn(
-    rounding: Rounding, original: WeightSource, tuned: WeightSource, *, after_is_rounded: bool
-) -> None:
-    remedy = (
-        "Keep and score the float32 weights of the fine-tune."
-        if after_is_rounded
-        else f"Disregard this if {tuned.label} was trained from exactly these {rounding.dtype} weights."
-    )
+def _warn(rounding: Rounding, rounded: WeightSource, remedy: str) -> None:
     _log.warning(
-        "%s holds %s weights. Rounding to %s alone moves a neuron by 1 - cos of about %.1e, and %.1f%% "
-        "of the neurons moved less than that: their order may be noise. %s",
-        (tuned if after_is_rounded else original).label,
+        "%s holds %s weights. Rounding to %s alone moves a neuron by 1 - cos of about %.1e, hardly any "
+        "by more than %.1e, and %.1f%% of the neurons moved no more than that: their order may be noise. "
+        "%s",
+        rounded.label,
         rounding.dtype,
         rounding.dtype,
+        rounding.typical,
         rounding.floor,
         100 * rounding.share_below,
         remedy,

@@ -55,10 +55,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "gemma3": Architecture("language_model.layers", _GATED),  # its vision tower has layers too
+    "granite": _LLAMA,
     "olmo2": _LLAMA,
+    "olmo3": _LLAMA,
     "smollm3": _LLAMA,
     "mixtral": _MIXTURE,
     "olmoe": _MIXTURE,
@@ -321,6 +324,7 @@ class _Network:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         self.title = type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
         self.architecture = ARCHITECTURES.get(str(model_type))
+        self.width = _residual_width(model)
         self.modules = dict(_walk(model, "", set()))
         self.linear = {
             name: linear
@@ -466,10 +470,7 @@ class _Network:
         groups = self._groups()
         if not groups:
             return " It has no linear layers."
-        shapes = {pattern: self.linear[names[0]] for pattern, names in groups.items()}
-        widening = [p for p, shape in shapes.items() if shape.num_outputs > shape.num_inputs]
-        narrowing = [p for p, shape in shapes.items() if shape.num_outputs < shape.num_inputs]
-        reads, writes = [*widening, *groups][0], [*narrowing, *reversed(groups)][0]
+        reads, writes = self._examples(groups)
         roles = f" Roles here: {', '.join(self.architecture.roles)}." if self.architecture else ""
         lines = (f"  {pattern}  {self._shapes(names)}" for pattern, names in groups.items())
         return (
@@ -477,6 +478,19 @@ class _Network:
             f"write to the residual stream, e.g. axes={{{writes!r}: 'column'}}; the others have their "
             "neurons in rows. Here are (outputs x inputs, how many):\n" + "\n".join(lines)
         )
+
+    def _examples(self, groups: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+        """Patterns that probably read from the residual stream and write to it: the widest that fit."""
+        body = [p for p, names in groups.items() if self.heads.isdisjoint(names)] or [*groups]
+        outputs = {pattern: self.linear[groups[pattern][0]].num_outputs for pattern in body}
+        inputs = {pattern: self.linear[groups[pattern][0]].num_inputs for pattern in body}
+        # Keys and values of grouped queries narrow too, yet they read: so the width decides, if known.
+        width = self.width
+        readers = [p for p in body if inputs[p] == (width or inputs[p]) < outputs[p]]
+        writers = [p for p in body if outputs[p] == (width or outputs[p]) < inputs[p]]
+        reads = max(readers or body, key=outputs.__getitem__)
+        writes = max(writers or body[::-1], key=inputs.__getitem__)
+        return reads, writes
 
     def _shapes(self, names: Sequence[str]) -> str:
         linear = [self.linear[name] for name in names]
@@ -488,6 +502,14 @@ def _output_head(model: Any) -> nn.Module | None:
     """The layer that makes logits, where the model is one of transformers' and has one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return None if head is None else _unwrapped(head)
+
+
+def _residual_width(model: Any) -> int | None:
+    """Length of the vectors between layers, where the model is one of transformers' and tells."""
+    try:
+        return getattr(model.get_input_embeddings(), "embedding_dim", None)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _stack_of(expert: str) -> str:

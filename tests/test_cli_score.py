@@ -74,7 +74,10 @@ def test_of_weights(recipe: Path, tmp_path: Path) -> None:
     merged = NeuronScores.load(tmp_path / "run" / "score" / "scores.safetensors")
     assert equal(scored(tmp_path / "a", base, adapter), merged)
     assert equal(scored(tmp_path / "b", base, "--method", "norm"), score_by_norm(base))
-    assert equal(scored(tmp_path / "c", base, base), score_neurons(base, base))
+    full = load_recipe(recipe, ["output=" + str(tmp_path / "full")])
+    run(full, say=lambda line: None)
+    tuned = tmp_path / "full" / "warmup" / "model"
+    assert equal(scored(tmp_path / "c", base, tuned), score_neurons(base, tuned))
 
 
 def test_killed_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

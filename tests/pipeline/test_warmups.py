@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from neft.errors import NeuronError
+from neft.errors import CheckpointError
 from neft.models import load_model, load_tokenizer
 from neft.neurons import NeuronScores
 from neft.pipeline import measure as measuring
@@ -159,7 +159,7 @@ def test_checkpoint_that_is_there(recipe: Path, tmp_path: Path) -> None:
 def test_checkpoint_of_the_same_model(recipe: Path) -> None:
     fields = loaded(recipe).model_dump(mode="json")
     fields["warmup"] = {"method": "none", "checkpoint": fields["model"]["path"]}
-    with pytest.raises(NeuronError, match=r"warmup\.checkpoint: no neuron of .* differs"):
+    with pytest.raises(CheckpointError, match=r"no neuron of .* differs"):
         quietly(Recipe.model_validate(fields))
 
 

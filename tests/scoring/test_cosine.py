@@ -130,6 +130,18 @@ def test_peft_wrapped_models(tiny_model: TinyModel) -> None:
         assert np.array_equal(scores.distances[name], distances)
 
 
+def test_a_model_of_which_nothing_moved(tiny_model: TinyModel) -> None:
+    before = tiny_model()
+    adapter = LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(copy.deepcopy(before), adapter)
+    for after in (before, wrapped):
+        with pytest.raises(CheckpointError, match=r"no neuron .* differs .*merge_and_unload"):
+            score_neurons(before, after)
+    with pytest.raises(CheckpointError, match=r"1 scored projections differs .* that were trained"):
+        score_neurons(before, wrapped.merge_and_unload(), ["*.0.mlp.down_proj"])
+    assert score_neurons(before, wrapped).distances[UP_0].any()
+
+
 def test_a_checkpoint_without_the_prefix(tiny_model: TinyModel, tmp_path: Path) -> None:
     before = tiny_model("gpt2")
     before.save_pretrained(tmp_path)
@@ -328,8 +340,9 @@ def test_memory_is_that_of_a_pair_of_matrices(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
-    for side in ("before", "after"):
-        model.save_pretrained(tmp_path / side, max_shard_size=max_shard_size)
+        model.save_pretrained(tmp_path / "before", max_shard_size=max_shard_size)
+        model.get_submodule(UP_0).weight[0, 0] = 0.25
+        model.save_pretrained(tmp_path / "after", max_shard_size=max_shard_size)
     del model
     pair = 2 * 2 * 1024 * 4096
     on_disk = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))

@@ -50,7 +50,8 @@ def score_neurons(
         before: the original model M_Org: a checkpoint folder (safetensors and ``config.json``), a Hub id,
             a module, or what ``open_weights`` returned.
         after: the same model after a short full fine-tune, M_FT; it needs no ``config.json``. Its weights
-            should be float32: with 16 bits, rounding moves neurons as far as a short fine-tune does.
+            should be float32: with 16 bits, rounding moves neurons as far as a short fine-tune does. An
+            adapter counts as far as it is merged into them.
         modules: projections to score, by role, module name or pattern (see ``find_projections``);
             default: up and down.
         axes: pattern of module names -> axis, for modules that the architecture table does not know.
@@ -65,7 +66,7 @@ def score_neurons(
     Raises:
         ArchitectureError: projections that the model does not have.
         CheckpointError: weights that are missing, torn, quantized or not finite, or that differ in name
-            or shape between the two sides.
+            or shape between the two sides, or of which no neuron differs in direction.
     """
     original, tuned = _opened(before), _opened(after)
     projections = find_projections(original.network, modules, axes)
@@ -77,6 +78,7 @@ def score_neurons(
     with scoring_threads() as pool:
         for pair in track(pairs, "Scoring", console=console, transient=True, disable=hidden):
             distances[pair.projection.name] = pair.distances(pool)
+    _check_turned(distances, original, tuned)
     dtypes_before, dtypes_after = ({pair.dtypes[side] for pair in pairs} for side in (0, 1))
     provenance: dict[str, Any] = {
         "method": "cosine",
@@ -149,6 +151,17 @@ class _Pair:
                         "score an earlier checkpoint."
                     )
         raise AssertionError(f"{self.projection.name}: NaN distances from finite weights")
+
+
+def _check_turned(
+    distances: Mapping[str, npt.NDArray[np.float64]], original: WeightSource, tuned: WeightSource
+) -> None:
+    if not any(values.any() for values in distances.values()):
+        raise CheckpointError(
+            f"{tuned.label}: no neuron of the {len(distances)} scored projections differs in direction "
+            f"from that of {original.label}. Give the model after fine-tuning, an adapter merged into it "
+            "(model.merge_and_unload()), and in modules projections that were trained."
+        )
 
 
 def _warn(rounding: Rounding, rounded: WeightSource, remedy: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neft.errors import ArchitectureError, CheckpointError
+from neft.errors import AdapterError, ArchitectureError, CheckpointError, NeuronError
 from neft.neurons import ROLE_ORDER, Axis, Projection
 
 if TYPE_CHECKING:
@@ -162,6 +162,72 @@ def find_projections(
             given_axes.setdefault(name, _as_axis(pattern, axis))
     projections = (network.projection(name, given_axes.get(name)) for name in chosen)
     return sorted(projections, key=lambda projection: projection.order)
+
+
+def find_candidates(
+    model: nn.Module,
+    modules: Sequence[str] | None = None,
+    axes: Mapping[str, Axis] | None = None,
+) -> list[Projection]:
+    """List projections whose neurons can be scored, because they can be trained by themselves.
+
+    Args:
+        model: this and the others as for ``find_projections``.
+        modules: likewise.
+        axes: likewise.
+
+    Raises:
+        ArchitectureError: as ``find_projections``.
+        NeuronError: a weight that is tied to another.
+    """
+    projections = find_projections(model, modules, axes)
+    parameters = as_module(model).named_parameters(remove_duplicate=False)
+    check_untied(
+        ((name.replace(".base_layer.", "."), tensor) for name, tensor in parameters), projections
+    )
+    return projections
+
+
+def check_untied(
+    parameters: Iterable[tuple[str, Tensor]], projections: Iterable[Projection]
+) -> None:
+    """Check that no other module uses the weights of projections.
+
+    Args:
+        parameters: all of the model, by the names of the plain model, tied ones under each of theirs.
+        projections: whose weights must stand alone.
+
+    Raises:
+        NeuronError: one is tied to another.
+    """
+    users: dict[int, list[str]] = {}
+    for name, parameter in parameters:
+        users.setdefault(id(parameter), []).append(name)
+    tied = {name: names for names in users.values() for name in names if len(names) > 1}
+    for projection in projections:
+        weight = projection.parameter
+        if others := ", ".join(name for name in tied.get(weight, ()) if name != weight):
+            raise NeuronError(
+                f"{projection.name}: its weight is tied to {others}, which would change with it. Untie "
+                "them first (tie_word_embeddings=False), or choose other modules."
+            )
+
+
+def check_plain(model: nn.Module, reason: str) -> None:
+    """Check that a model has no adapter.
+
+    Args:
+        model: wrapped by PEFT, or, where transformers adds the adapter, in its layers alone.
+        reason: a clause for the error, of what the adapter would do.
+
+    Raises:
+        AdapterError: it has one.
+    """
+    if as_module(model) is not model or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise AdapterError(
+            f"The model has an adapter, {reason}. Merge it first, by model.merge_and_unload(), or give "
+            "the base model."
+        )
 
 
 def check_can_be_watched(projections: Iterable[Projection], remedy: str) -> None:

@@ -283,6 +283,21 @@ def test_other_names(tiny_model: TinyModel) -> None:
         score_neurons(tiny_model(), tiny_model("gpt2"))
 
 
+def test_a_tied_head_is_refused_before_any_reading(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tiny_model(tie_word_embeddings=True)
+    before.save_pretrained(tmp_path)
+    for side in (before, tmp_path):
+        source = open_weights(side)
+        monkeypatch.setattr(source, "read", None)
+        with pytest.raises(NeuronError, match=r"tied to model\.embed_tokens\.weight"):
+            score_neurons(source, fine_tuned(before), ["up", "lm_head"])
+    wrapped = get_peft_model(before, LoraConfig(target_modules=["up_proj"]))
+    with pytest.raises(NeuronError, match=r"tied to model\.embed_tokens\.weight"):
+        score_neurons(wrapped, wrapped, ["lm_head"])
+
+
 def test_modules_that_are_not_there(tiny_model: TinyModel) -> None:
     with pytest.raises(ArchitectureError):
         score_neurons(tiny_model(), tiny_model(), ["gate_up"])

@@ -18,7 +18,7 @@ from neft import __version__
 from neft.checkpoints import Matrix, WeightSource, open_weights
 from neft.errors import CheckpointError
 from neft.neurons import Axis, NeuronScores, PathLike, Projection
-from neft.projections import find_projections
+from neft.projections import find_candidates
 from neft.scoring.distance import LARGEST, cosine_distances, scoring_threads
 from neft.scoring.rounding import Rounding, find_rounding
 
@@ -65,11 +65,12 @@ def score_neurons(
 
     Raises:
         ArchitectureError: projections that the model does not have.
+        NeuronError: the weight of one is tied to another's.
         CheckpointError: weights that are missing, torn, quantized or not finite, or that differ in name
             or shape between the two sides, or of which no neuron differs in direction.
     """
     original, tuned = _opened(before), _opened(after)
-    projections = find_projections(original.network, modules, axes)
+    projections = find_candidates(original.network, modules, axes)
     pairs = [_Pair.find(projection, original, tuned) for projection in projections]
     total_parameters = original.num_parameters
     console = Console(stderr=True)

@@ -24,7 +24,7 @@ from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
 from neft.errors import ArchitectureError, DataError
 from neft.neurons import Axis, NeuronScores, PathLike, Projection
-from neft.projections import as_module, find_projections
+from neft.projections import as_module, find_candidates
 from neft.scoring.neuron_vectors import neuron_vectors
 from neft.scoring.weights import check_weights
 from neft.streaming import Batch, layers_of, stream, text_means
@@ -289,10 +289,11 @@ def score_by_probe(
     Raises:
         ArchitectureError: projections that the model does not have, or that neither read from the
             residual stream nor write to it.
+        NeuronError: the weight of one is tied to another's.
         CheckpointError: weights that are missing, torn, quantized, not finite or of another model.
     """
     source = weights if isinstance(weights, WeightSource) else open_weights(weights)
-    projections = find_projections(source.network, modules, axes)
+    projections = find_candidates(source.network, modules, axes)
     _check_lengths_of_neurons(projections, probes)
     check_weights(source, projections)
     rows = torch.from_numpy(probes.weights).flatten(0, 1)

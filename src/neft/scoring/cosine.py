@@ -21,13 +21,13 @@ from neft.neurons import Axis, NeuronScores, PathLike, Projection
 from neft.projections import find_candidates
 from neft.scoring.distance import LARGEST, cosine_distances, scoring_threads
 from neft.scoring.rounding import Rounding, find_rounding
+from neft.scoring.weights import check_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Rows of a matrix that are searched at once for a value that is not finite.
 _SEARCHED_ROWS = 256
 
@@ -71,7 +71,9 @@ def score_neurons(
     """
     original, tuned = _opened(before), _opened(after)
     projections = find_candidates(original.network, modules, axes)
-    pairs = [_Pair.find(projection, original, tuned) for projection in projections]
+    for source in (original, tuned):
+        check_weights(source, projections)
+    pairs = [_Pair(p, (original.matrix(p), tuned.matrix(p))) for p in projections]
     total_parameters = original.num_parameters
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
@@ -107,24 +109,6 @@ class _Pair:
 
     projection: Projection
     sides: tuple[Matrix, Matrix]
-
-    @classmethod
-    def find(cls, projection: Projection, original: WeightSource, tuned: WeightSource) -> _Pair:
-        sides = original.matrix(projection), tuned.matrix(projection)
-        for matrix in sides:
-            label = matrix.source.label
-            if matrix.shape != projection.weight_shape:
-                raise CheckpointError(
-                    f"{label}: {matrix.name} has shape {list(matrix.shape)}, but the model of "
-                    f"{original.label} makes it {list(projection.weight_shape)}. Score two checkpoints "
-                    "of one model."
-                )
-            if matrix.dtype not in _DTYPES:
-                raise CheckpointError(
-                    f"{label}: {matrix.name} is stored as {matrix.dtype}; scoring needs one of "
-                    f"{', '.join(_DTYPES)}. Give the checkpoint that was not quantized."
-                )
-        return cls(projection, sides)
 
     @property
     def dtypes(self) -> tuple[str, str]:

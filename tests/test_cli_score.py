@@ -80,6 +80,12 @@ def test_of_weights(recipe: Path, tmp_path: Path) -> None:
     assert equal(scored(tmp_path / "c", base, tuned), score_neurons(base, tuned))
 
 
+def test_a_tied_head_is_refused_before_the_warmup(recipe, tiny_model, tmp_path: Path) -> None:
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    arguments = ("--recipe", recipe, "--method", "full", "--modules", "lm_head")
+    assert "lm_head: its weight is tied to model.embed_tokens" in refused(tmp_path, *arguments)
+
+
 def test_killed_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unbroken = scored(tmp_path / "a", "--recipe", recipe)
     options = load_recipe(recipe)

@@ -74,7 +74,16 @@ def test_of_weights(recipe: Path, tmp_path: Path) -> None:
     merged = NeuronScores.load(tmp_path / "run" / "score" / "scores.safetensors")
     assert equal(scored(tmp_path / "a", base, adapter), merged)
     assert equal(scored(tmp_path / "b", base, "--method", "norm"), score_by_norm(base))
-    assert equal(scored(tmp_path / "c", base, base), score_neurons(base, base))
+    full = load_recipe(recipe, ["output=" + str(tmp_path / "full")])
+    run(full, say=lambda line: None)
+    tuned = tmp_path / "full" / "warmup" / "model"
+    assert equal(scored(tmp_path / "c", base, tuned), score_neurons(base, tuned))
+
+
+def test_a_tied_head_is_refused_before_the_warmup(recipe, tiny_model, tmp_path: Path) -> None:
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    arguments = ("--recipe", recipe, "--method", "full", "--modules", "lm_head")
+    assert "lm_head: its weight is tied to model.embed_tokens" in refused(tmp_path, *arguments)
 
 
 def test_killed_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

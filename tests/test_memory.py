@@ -1,6 +1,7 @@
 import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 
 from neft.errors import OutOfMemoryError
 from neft.memory import (
+    Available,
     available_memory,
     naming_shortage,
+    of_container,
     peak_memory,
     release_free_memory,
     reset_peak_memory,
@@ -50,6 +53,35 @@ def test_freed_memory_does_not_count_in_what_comes_next() -> None:
     assert before is not None
     assert after is not None
     assert before - after > 200e6
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "memory.max": "8000\n",
+            "memory.current": "7000\n",
+            "memory.stat": "anon 1000\nfile 6000\ninactive_file 4500\nactive_file 1500\n",
+        },
+        {
+            "memory/memory.limit_in_bytes": "8000\n",
+            "memory/memory.usage_in_bytes": "7000\n",
+            "memory/memory.stat": "cache 6000\ninactive_file 20\ntotal_inactive_file 4500\n",
+        },
+    ],
+    ids=["v2", "v1"],
+)
+def test_in_a_container_cached_files_are_free(files: dict[str, str], tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert list(of_container(tmp_path)) == [Available("container", 8000, 5500)]
+
+
+def test_a_container_without_a_limit(tmp_path: Path) -> None:
+    assert list(of_container(tmp_path)) == []
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(of_container(tmp_path)) == []
 
 
 # More than any machine can address; every attempt really fails.

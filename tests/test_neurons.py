@@ -505,11 +505,38 @@ def test_select_by_count(which: Any, num_values: int | None) -> None:
         assert (scored.lowest if which == "lowest" else scored.highest)(count) == chosen
 
 
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"percent": np.float64(9)}, {"percent": 9.0}),
+        ({"percent": np.int64(9)}, {"percent": 9}),
+        ({"percent": np.float32(12.5)}, {"percent": 12.5}),
+        ({"megabytes": np.float64(1e-3)}, {"megabytes": 1e-3}),
+        (
+            {"count": np.int64(5), "which": "random", "seed": np.uint32(7)},
+            {"count": 5, "which": "random", "seed": 7},
+        ),
+        (
+            {"count": np.int32(5), "rule": "floor", "floor": np.float64(30)},
+            {"count": 5, "rule": "floor", "floor": 30.0},
+        ),
+    ],
+)
+def test_numbers_of_numpy_can_be_saved(given: Any, plain: Any, tmp_path: Path) -> None:
+    chosen, expected = scores().select(**given), scores().select(**plain)
+    assert (chosen, chosen.provenance) == (expected, expected.provenance)
+    chosen.save(tmp_path / "neurons.json")
+    assert NeuronSet.load(tmp_path / "neurons.json").provenance == expected.provenance
+
+
 def test_lowest_cosine_is_largest_distance() -> None:
     scored = NeuronScores([projection(0, "up", 3)], {"model.layers.0.up_proj": [1e-9, 2e-5, 0]}, 24)
     assert scored.lowest(1)["model.layers.0.up_proj"].tolist() == [1]
     assert scored.highest(1)["model.layers.0.up_proj"].tolist() == [2]
     assert scored.cosine("model.layers.0.up_proj").tolist() == [1 - 1e-9, 1 - 2e-5, 1]
+    scored.provenance["method"] = "norm"
+    with pytest.raises(NeuronError, match=r"scored by norm, so its distances are 1 / \(2 \|w"):
+        scored.cosine("model.layers.0.up_proj")
 
 
 def test_distances_too_close_for_the_cosine_still_rank() -> None:
@@ -625,6 +652,12 @@ def test_max_percent_takes_all(total: int) -> None:
             "which is 'middle'; choose 'lowest', 'highest' or 'random'",
         ),
         ({"count": 3, "which": "random", "seed": -1}, "seed is -1"),
+        ({"count": 3, "which": "random", "seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"count": 3, "which": "random", "seed": True}, "seed is True; it must be a number"),
+        ({"count": True}, "count is True; it must be a number"),
+        ({"count": np.bool_(True)}, "count is True; it must be a number"),
+        ({"percent": True}, "percent is True; it must be a number"),
+        ({"percent": "9"}, "percent is 9; it must be a number"),
         ({"count": 3, "which": "random", "seed": 2**32}, "seed is 4294967296"),
     ],
 )

@@ -41,8 +41,11 @@ LAYERS = {
     "mistral": ("model.layers", GATED),
     "qwen2": ("model.layers", GATED),
     "qwen3": ("model.layers", GATED),
+    "granite": ("model.layers", GATED),
     "olmo2": ("model.layers", GATED),
+    "olmo3": ("model.layers", GATED),
     "smollm3": ("model.layers", GATED),
+    "gemma": ("model.layers", GATED),
     "gemma2": ("model.layers", GATED),
     "gemma3_text": ("model.layers", GATED),
     "gemma3": ("model.language_model.layers", GATED),
@@ -279,6 +282,19 @@ def test_unknown_architecture_has_no_roles(modules: list[str] | None) -> None:
     assert "modules=['blocks.*.w1', 'blocks.*.w2']" in message
     assert "axes={'blocks.*.w2': 'column'}" in message
     assert "\n  blocks.*.w1  6 x 4 (3)\n  blocks.*.w2  4 x 6 (3)\n  mix  5 x 4 (1)\n" in message
+
+
+def test_examples_for_an_unknown_architecture_with_grouped_queries(tiny_model: TinyModel) -> None:
+    """Keys and values narrow like what writes, and queries may be wider than what they read."""
+    model = tiny_model("starcoder2", head_dim=12)
+    assert model.config.model_type not in ARCHITECTURES
+    with pytest.raises(ArchitectureError) as caught:
+        find_projections(model)
+    reads, writes = "model.layers.*.mlp.c_fc", "model.layers.*.mlp.c_proj"
+    assert f"modules={[reads, writes]}" in str(caught.value)
+    assert f"axes={{{writes!r}: 'column'}}" in str(caught.value)
+    found = find_projections(model, [reads, writes], {writes: COLUMN})
+    assert {p.vector_length for p in found} == {32}
 
 
 def test_roles_of_an_unknown_architecture_are_not_guessed_from_names() -> None:

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
-from neft.errors import ArchitectureError, DataError, RunError
+from neft.errors import ArchitectureError, DataError, RunError, UsageError
 from neft.streaming import layers_of, stream
 
 TEXTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15], [5, 6, 7]]
@@ -132,6 +132,25 @@ def test_nothing_to_read(tiny_model, texts, message) -> None:
     with pytest.raises(DataError, match=message):
         read(tiny_model(), texts, 2, recorder)
     assert not recorder.batches
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_a_text_beyond_the_context(tiny_model, architecture) -> None:
+    model = tiny_model(architecture)
+    whole = get_peft_model(
+        tiny_model(architecture),
+        LoraConfig(target_modules="all-linear", fan_in_fan_out=architecture == "gpt2"),
+    )
+    for reader in (model, whole):
+        read(reader, [[5] * 256, [6]], 2)
+        with pytest.raises(DataError, match=r"Text 2 of 2 has 257 tokens, more than the 256 of"):
+            read(reader, [[6], [5] * 257], 2)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_of_nothing(tiny_model, batch_size) -> None:
+    with pytest.raises(UsageError, match=f"batch_size is {batch_size}; it must be at least 1"):
+        read(tiny_model(), TEXTS, batch_size)
 
 
 def test_texts_as_arrays(tiny_model) -> None:

@@ -18,10 +18,16 @@ _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
 _GROUPS = Path("/sys/fs/cgroup")
-# Limit and use, by both versions of control groups.
+# By both versions of control groups: limit, use, and statistics with the name of what of the use is the
+# cache of files that nobody has read again, which the kernel gives up as soon as memory is wanted.
 _CONTAINER = (
-    (_GROUPS / "memory.max", _GROUPS / "memory.current"),
-    (_GROUPS / "memory/memory.limit_in_bytes", _GROUPS / "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
 )
 # What the kernel understands as: forget the highest use so far (proc(5)).
 _FORGET_PEAK = "5"
@@ -87,7 +93,8 @@ def available_memory() -> Available | None:
         return Available("GPU", total, free)
     if not _MACHINE.is_file():
         return None
-    return min((_of_machine(), *_limits()), key=lambda there: there.free)
+    there = (_of_machine(), *_of_process(), *of_container(_GROUPS))
+    return min(there, key=lambda place: place.free)
 
 
 def _of_machine() -> Available:
@@ -95,18 +102,29 @@ def _of_machine() -> Available:
     return Available("machine", total, free)
 
 
-def _limits() -> Iterator[Available]:
-    """What the machine's user has been given of it, where that is limited."""
+def _of_process() -> Iterator[Available]:
+    """What the machine's user lets a process have, where that is limited."""
     import resource
 
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
         yield Available("process", space, space - _kilobytes(_STATUS, "VmSize") * 1024)
-    for limit, used in _CONTAINER:
+
+
+def of_container(groups: Path) -> Iterator[Available]:
+    """What a container has been given, where that is limited.
+
+    Args:
+        groups: folder of the control groups.
+    """
+    for limit, used, statistics, cache in _CONTAINER:
         # Where there is no limit, it says "max", or a number beyond all machines.
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        if (groups / limit).is_file() and (text := (groups / limit).read_text().strip()).isdigit():
             total = int(text)
-            yield Available("container", total, total - int(used.read_text()))
+            lines = (groups / statistics).read_text().splitlines()
+            idle = next((int(n) for name, n in map(str.split, lines) if name == cache), 0)
+            taken = int((groups / used).read_text()) - idle
+            yield Available("container", total, total - taken)
 
 
 def _kilobytes(file: Path, name: str) -> int:

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from neft.errors import NeuronError
 from neft.files import replaced_atomically, write_text
-from neft.selection import Budget, Candidates, Preference, Rule, Which, choose
+from neft.selection import Budget, Candidates, Preference, Rule, Which, choose, plain_number
 from neft.selection import Indices as Indices
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -573,7 +573,16 @@ class NeuronScores:
         return f"NeuronScores({len(self):,} neurons in {len(self.projections)} projections)"
 
     def cosine(self, name: str) -> npt.NDArray[np.float64]:
-        """S(i, n) of module ``name``, float64 ``[num_neurons]``; see ``distances`` for full precision."""
+        """S(i, n) of module ``name``, float64 ``[num_neurons]``; see ``distances`` for full precision.
+
+        Raises:
+            NeuronError: the scores are of another method.
+        """
+        if (method := self.provenance.get("method", "cosine")) != "cosine":
+            raise NeuronError(
+                f"{name}: was scored by {method}, so its distances are {self.quantity}, and there is no "
+                "cosine. Use distances."
+            )
         return 1.0 - self.distances[name]
 
     @property
@@ -634,11 +643,13 @@ class NeuronScores:
                 units cannot make; with the rule ``units``, neurons that belong to none.
         """
         budget = Budget.given(percent, count, megabytes, self.total_parameters)
+        seed, floor = plain_number("seed", seed), plain_number("floor", floor)
         preference = Preference(which, seed, rule, floor)
         positions = choose(self._candidates(rule, above_rounding), budget, preference)
-        selection = {"which": which, "percent": percent, "count": positions.size}
-        if megabytes is not None:
-            selection["megabytes"] = megabytes
+        given = budget.value if budget.name == "percent" else None
+        selection = {"which": which, "percent": given, "count": positions.size}
+        if budget.name == "megabytes":
+            selection["megabytes"] = budget.value
         if above_rounding:
             selection["above_rounding"] = True
         selection |= preference.to_dict()

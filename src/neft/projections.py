@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neft.errors import ArchitectureError, CheckpointError
+from neft.errors import AdapterError, ArchitectureError, CheckpointError, NeuronError
 from neft.neurons import ROLE_ORDER, Axis, Projection
 
 if TYPE_CHECKING:
@@ -55,10 +55,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "gemma3": Architecture("language_model.layers", _GATED),  # its vision tower has layers too
+    "granite": _LLAMA,
     "olmo2": _LLAMA,
+    "olmo3": _LLAMA,
     "smollm3": _LLAMA,
     "mixtral": _MIXTURE,
     "olmoe": _MIXTURE,
@@ -159,6 +162,72 @@ def find_projections(
             given_axes.setdefault(name, _as_axis(pattern, axis))
     projections = (network.projection(name, given_axes.get(name)) for name in chosen)
     return sorted(projections, key=lambda projection: projection.order)
+
+
+def find_candidates(
+    model: nn.Module,
+    modules: Sequence[str] | None = None,
+    axes: Mapping[str, Axis] | None = None,
+) -> list[Projection]:
+    """List projections whose neurons can be scored, because they can be trained by themselves.
+
+    Args:
+        model: this and the others as for ``find_projections``.
+        modules: likewise.
+        axes: likewise.
+
+    Raises:
+        ArchitectureError: as ``find_projections``.
+        NeuronError: a weight that is tied to another.
+    """
+    projections = find_projections(model, modules, axes)
+    parameters = as_module(model).named_parameters(remove_duplicate=False)
+    check_untied(
+        ((name.replace(".base_layer.", "."), tensor) for name, tensor in parameters), projections
+    )
+    return projections
+
+
+def check_untied(
+    parameters: Iterable[tuple[str, Tensor]], projections: Iterable[Projection]
+) -> None:
+    """Check that no other module uses the weights of projections.
+
+    Args:
+        parameters: all of the model, by the names of the plain model, tied ones under each of theirs.
+        projections: whose weights must stand alone.
+
+    Raises:
+        NeuronError: one is tied to another.
+    """
+    users: dict[int, list[str]] = {}
+    for name, parameter in parameters:
+        users.setdefault(id(parameter), []).append(name)
+    tied = {name: names for names in users.values() for name in names if len(names) > 1}
+    for projection in projections:
+        weight = projection.parameter
+        if others := ", ".join(name for name in tied.get(weight, ()) if name != weight):
+            raise NeuronError(
+                f"{projection.name}: its weight is tied to {others}, which would change with it. Untie "
+                "them first (tie_word_embeddings=False), or choose other modules."
+            )
+
+
+def check_plain(model: nn.Module, reason: str) -> None:
+    """Check that a model has no adapter.
+
+    Args:
+        model: wrapped by PEFT, or, where transformers adds the adapter, in its layers alone.
+        reason: a clause for the error, of what the adapter would do.
+
+    Raises:
+        AdapterError: it has one.
+    """
+    if as_module(model) is not model or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise AdapterError(
+            f"The model has an adapter, {reason}. Merge it first, by model.merge_and_unload(), or give "
+            "the base model."
+        )
 
 
 def check_can_be_watched(projections: Iterable[Projection], remedy: str) -> None:
@@ -321,6 +390,7 @@ class _Network:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         self.title = type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
         self.architecture = ARCHITECTURES.get(str(model_type))
+        self.width = _residual_width(model)
         self.modules = dict(_walk(model, "", set()))
         self.linear = {
             name: linear
@@ -466,10 +536,7 @@ class _Network:
         groups = self._groups()
         if not groups:
             return " It has no linear layers."
-        shapes = {pattern: self.linear[names[0]] for pattern, names in groups.items()}
-        widening = [p for p, shape in shapes.items() if shape.num_outputs > shape.num_inputs]
-        narrowing = [p for p, shape in shapes.items() if shape.num_outputs < shape.num_inputs]
-        reads, writes = [*widening, *groups][0], [*narrowing, *reversed(groups)][0]
+        reads, writes = self._examples(groups)
         roles = f" Roles here: {', '.join(self.architecture.roles)}." if self.architecture else ""
         lines = (f"  {pattern}  {self._shapes(names)}" for pattern, names in groups.items())
         return (
@@ -477,6 +544,19 @@ class _Network:
             f"write to the residual stream, e.g. axes={{{writes!r}: 'column'}}; the others have their "
             "neurons in rows. Here are (outputs x inputs, how many):\n" + "\n".join(lines)
         )
+
+    def _examples(self, groups: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+        """Patterns that probably read from the residual stream and write to it: the widest that fit."""
+        body = [p for p, names in groups.items() if self.heads.isdisjoint(names)] or [*groups]
+        outputs = {pattern: self.linear[groups[pattern][0]].num_outputs for pattern in body}
+        inputs = {pattern: self.linear[groups[pattern][0]].num_inputs for pattern in body}
+        # Keys and values of grouped queries narrow too, yet they read: so the width decides, if known.
+        width = self.width
+        readers = [p for p in body if inputs[p] == (width or inputs[p]) < outputs[p]]
+        writers = [p for p in body if outputs[p] == (width or outputs[p]) < inputs[p]]
+        reads = max(readers or body, key=outputs.__getitem__)
+        writes = max(writers or body[::-1], key=inputs.__getitem__)
+        return reads, writes
 
     def _shapes(self, names: Sequence[str]) -> str:
         linear = [self.linear[name] for name in names]
@@ -488,6 +568,14 @@ def _output_head(model: Any) -> nn.Module | None:
     """The layer that makes logits, where the model is one of transformers' and has one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return None if head is None else _unwrapped(head)
+
+
+def _residual_width(model: Any) -> int | None:
+    """Length of the vectors between layers, where the model is one of transformers' and tells."""
+    try:
+        return getattr(model.get_input_embeddings(), "embedding_dim", None)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _stack_of(expert: str) -> str:

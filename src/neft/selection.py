@@ -27,6 +27,18 @@ Which: TypeAlias = Literal["lowest", "highest", "random"]
 Rule: TypeAlias = Literal["paper", "even", "floor", "units"]
 
 
+def plain_number(name: str, value: Any) -> Any:
+    """A number as Python's own, which files can hold; numpy's are taken too.
+
+    Raises:
+        NeuronError: it is none.
+    """
+    number = value.item() if isinstance(value, np.generic) else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise NeuronError(f"{name} is {value}; it must be a number.")
+    return number
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much may be chosen.
@@ -42,7 +54,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.in_neurons:
-            if not isinstance(self.value, int | np.integer) or self.value < 0:
+            if not isinstance(self.value, int) or self.value < 0:
                 raise NeuronError(f"count is {self.value}; it must be a whole number from 0.")
         elif not (math.isfinite(self.value) and self.value > 0):
             raise NeuronError(f"{self.name} is {self.value}; it must be a number above 0.")
@@ -58,7 +70,9 @@ class Budget:
         """The one of three that is not ``None``; raises ``NeuronError`` unless it is just one."""
         values: dict[Measure, float | None]
         values = {"percent": percent, "count": count, "megabytes": megabytes}
-        given = [(name, value) for name, value in values.items() if value is not None]
+        given = [
+            (name, plain_number(name, value)) for name, value in values.items() if value is not None
+        ]
         if len(given) != 1:
             raise NeuronError("Give a budget by percent, count or megabytes, one of the three.")
         return cls(*given[0], total_parameters)
@@ -131,8 +145,8 @@ class Preference:
             if value not in choices:
                 *others, last = map(repr, choices)
                 raise NeuronError(f"{name} is {value!r}; choose {', '.join(others)} or {last}.")
-        if self.which == "random" and not 0 <= self.seed < 2**32:
-            raise NeuronError(f"seed is {self.seed}; it must be in 0..2**32 - 1.")
+        if self.which == "random" and not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise NeuronError(f"seed is {self.seed}; it must be a whole number in 0..2**32 - 1.")
         if self.rule == "floor" and not 0 < self.floor <= 100:
             raise NeuronError(f"floor is {self.floor}; it must be above 0 and up to 100 percent.")
 

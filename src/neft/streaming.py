@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neft.batching import batches_by_length
-from neft.errors import ArchitectureError, DataError, OutOfMemoryError, RunError
+from neft.errors import ArchitectureError, DataError, OutOfMemoryError, RunError, UsageError
 from neft.projections import as_module, find_projections
 
 if TYPE_CHECKING:
@@ -66,14 +66,17 @@ def stream(
         title: of the progress bar on stderr, if that is a terminal.
 
     Raises:
-        DataError: no texts, or an empty one.
+        DataError: as ``check_texts``.
+        UsageError: ``batch_size`` below 1.
         RunError: too little memory on the device.
     """
     import torch
     from rich.console import Console
     from rich.progress import track
 
-    _check(texts)
+    check_texts(as_module(model), texts)
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
     batches = list(batches_by_length(texts, batch_size))
     console = Console(stderr=True)
     was_training = model.training
@@ -150,12 +153,37 @@ def _layer_name(projection: str, layer: int) -> str:
     return ".".join(parts[: parts.index(str(layer)) + 1])
 
 
-def _check(texts: Sequence[Sequence[int]]) -> None:
-    if not texts:
+def check_texts(network: nn.Module, texts: Sequence[Sequence[int]]) -> None:
+    """Check that a model can read each of the texts.
+
+    Args:
+        network: the plain model; its weights may be on the meta device.
+        texts: token ids.
+
+    Raises:
+        DataError: no texts, or one that is empty or longer than the model's context.
+    """
+    if not len(texts):
         raise DataError("There are no texts to read; give at least one.")
+    context = _context_length(network)
     for number, text in enumerate(texts, start=1):
         if not len(text):
             raise DataError(f"Text {number} of {len(texts)} has no tokens; leave it out.")
+        if context is not None and len(text) > context:
+            raise DataError(
+                f"Text {number} of {len(texts)} has {len(text)} tokens, more than the {context} of the "
+                "model's context (max_position_embeddings). Shorten it; in a recipe, set max_length to "
+                f"{context} or less."
+            )
+
+
+def _context_length(network: nn.Module) -> int | None:
+    """The most tokens that a model can read at once, where its configuration says so."""
+    config: Any = getattr(network, "config", None)
+    if config is None:
+        return None
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
 
 
 def _batch(texts: Sequence[Sequence[int]], positions: Sequence[int], device: torch.device) -> Batch:

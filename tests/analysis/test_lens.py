@@ -15,13 +15,16 @@ from neft.projections import ARCHITECTURES, find_projections
 PLACES = {
     "llama": ("model.layers", "model.norm", None),
     "phi3": ("model.layers", "model.norm", None),
+    "gemma": ("model.layers", "model.norm", None),
     "gemma2": ("model.layers", "model.norm", "post_feedforward_layernorm"),
     "gemma3": (
         "model.language_model.layers",
         "model.language_model.norm",
         "post_feedforward_layernorm",
     ),
+    "granite": ("model.layers", "model.norm", None),
     "olmo2": ("model.layers", "model.norm", "post_feedforward_layernorm"),
+    "olmo3": ("model.layers", "model.norm", "post_feedforward_layernorm"),
     "gpt2": ("transformer.h", "transformer.ln_f", None),
     "opt": ("model.decoder.layers", "model.decoder.final_layer_norm", None),
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm", None),

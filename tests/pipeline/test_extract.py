@@ -22,7 +22,7 @@ from neft.pipeline.extract import extract as extract_aloud
 from neft.pipeline.identity import folder_identity
 from neft.pipeline.selection import load_selection
 from neft.recipe import load_recipe
-from neft.scoring import score_neurons
+from neft.scoring import score_by_norm, score_neurons
 
 FILE = "model.safetensors"
 UP_0, DOWN_1 = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -321,7 +321,7 @@ def undo(base: Path, finetuned: Path) -> None:
         (quantize, {"count": 9}, CheckpointError, "is stored as int8"),
         (drop(f"{UP_0}.weight"), {"count": 9}, CheckpointError, f"has no tensor {UP_0}.weight"),
         (break_norm, {"count": 9}, CheckpointError, "model.norm.weight holds a value that is not"),
-        (undo, {"count": 9}, CheckpointError, "none of the 9 chosen neurons differs"),
+        (undo, {"count": 9}, CheckpointError, "no neuron of the 4 scored projections differs"),
         (None, {}, NeuronError, "by "),
         (None, {"percent": 90}, NeuronError, "percent is 90"),
         (None, {"count": 9, "modules": ["gate_up"]}, UsageError, "gate_up"),
@@ -341,6 +341,13 @@ def test_refused(base, finetuned, tmp_path, spoil, options, error, message) -> N
     with pytest.raises(error, match=re.escape(message)):
         extract(base, finetuned, tmp_path / "adapter", **options)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_scores_of_neurons_that_did_not_change(base, finetuned, tmp_path) -> None:
+    undo(base, finetuned)
+    score_by_norm(base).save(tmp_path / "scores.safetensors")
+    with pytest.raises(CheckpointError, match="none of the 9 chosen neurons differs"):
+        extract(base, finetuned, tmp_path / "a", count=9, scores=tmp_path / "scores.safetensors")
 
 
 def test_scores_of_another_model(tiny_model, base, finetuned, tmp_path) -> None:

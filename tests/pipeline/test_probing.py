@@ -117,11 +117,11 @@ def test_weights_are_compared_in_the_precision_in_which_they_are_stored(
     [
         ({"data.train_limit": 1}, DataError, "two labels or more, but all have 'yes'"),
         ({"data.train_limit": 5}, DataError, "Label 'maybe' has 1 of the 5 texts"),
-        ({"data.max_length": 3}, DataError, "there are no texts"),
+        ({"data.max_length": 3}, DataError, "There are no texts"),
         (
             {"data.template": "{premise}" * 40},
             DataError,
-            r"Text 1 of \d+ has 2\d\d tokens, more than the 128 .* Set data.max_length to 128",
+            r"Text 1 of \d+ has 2\d\d tokens, more than the 128 .* set max_length to 128",
         ),
         ({"score.probe": {"layers": [2]}}, ArchitectureError, r"layers is \[2\]"),
     ],

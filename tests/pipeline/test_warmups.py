@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from neft.errors import NeuronError
+from neft.errors import CheckpointError
 from neft.models import load_model, load_tokenizer
 from neft.neurons import NeuronScores
 from neft.pipeline import measure as measuring
@@ -115,6 +116,21 @@ def test_norm_needs_no_length(recipe: Path) -> None:
     assert equal(scores_of(options), score_by_norm(options.model.path))
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_warmup_from_a_16_bit_base_rounds_nothing(
+    recipe: Path, tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model").bfloat16().save_pretrained(
+        tmp_path / "model"
+    )
+    options = loaded(recipe, f"warmup.method={method}", "model.dtype=float32")
+    quietly(options)
+    provenance = scores_of(options).provenance
+    assert provenance["dtypes"] == {"before": ["bfloat16"], "after": ["float32"]}
+    assert "rounding" not in provenance
+    assert "ounding" not in caplog.text
+
+
 def test_lora_is_merged(recipe: Path) -> None:
     options = loaded(recipe, "warmup.method=lora", "warmup.rank=2")
     quietly(options)
@@ -143,7 +159,7 @@ def test_checkpoint_that_is_there(recipe: Path, tmp_path: Path) -> None:
 def test_checkpoint_of_the_same_model(recipe: Path) -> None:
     fields = loaded(recipe).model_dump(mode="json")
     fields["warmup"] = {"method": "none", "checkpoint": fields["model"]["path"]}
-    with pytest.raises(NeuronError, match=r"warmup\.checkpoint: no neuron of .* differs"):
+    with pytest.raises(CheckpointError, match=r"no neuron of .* differs"):
         quietly(Recipe.model_validate(fields))
 
 

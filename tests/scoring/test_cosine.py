@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import neft
 from neft.checkpoints import open_weights
-from neft.errors import ArchitectureError, CheckpointError
+from neft.errors import ArchitectureError, CheckpointError, NeuronError
 from neft.neurons import Axis, NeuronScores
 from neft.scoring import score_neurons
-from neft.scoring.rounding import rounding_floor
+from neft.scoring.rounding import rounding_floor, rounding_turn
 from reference.cosine import cosine_distances
 
 if TYPE_CHECKING:
@@ -130,6 +130,18 @@ def test_peft_wrapped_models(tiny_model: TinyModel) -> None:
         assert np.array_equal(scores.distances[name], distances)
 
 
+def test_a_model_of_which_nothing_moved(tiny_model: TinyModel) -> None:
+    before = tiny_model()
+    adapter = LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(copy.deepcopy(before), adapter)
+    for after in (before, wrapped):
+        with pytest.raises(CheckpointError, match=r"no neuron .* differs .*merge_and_unload"):
+            score_neurons(before, after)
+    with pytest.raises(CheckpointError, match=r"1 scored projections differs .* that were trained"):
+        score_neurons(before, wrapped.merge_and_unload(), ["*.0.mlp.down_proj"])
+    assert score_neurons(before, wrapped).distances[UP_0].any()
+
+
 def test_a_checkpoint_without_the_prefix(tiny_model: TinyModel, tmp_path: Path) -> None:
     before = tiny_model("gpt2")
     before.save_pretrained(tmp_path)
@@ -171,10 +183,11 @@ def test_16_bits_are_warned_of(tiny_model: TinyModel, caplog: pytest.LogCaptureF
     before = tiny_model()
     scores = score_neurons(before, fine_tuned(before).bfloat16())
     floor = rounding_floor("bfloat16")
-    share = float(np.mean(np.concatenate([*scores.distances.values()]) < floor))
+    share = float(np.mean(np.concatenate([*scores.distances.values()]) <= floor))
     assert 0.0 < share < 1.0
     assert scores.provenance["rounding"] == {
         "dtype": "bfloat16",
+        "typical": rounding_turn("bfloat16"),
         "floor": floor,
         "share_below": share,
     }
@@ -183,18 +196,40 @@ def test_16_bits_are_warned_of(tiny_model: TinyModel, caplog: pytest.LogCaptureF
     assert (record.name, record.levelno) == ("neft.scoring.cosine", logging.WARNING)
     assert record.getMessage() == (
         "LlamaForCausalLM holds bfloat16 weights. Rounding to bfloat16 alone moves a neuron by 1 - cos "
-        f"of about 1.1e-06, and {share:.1%} of the neurons moved less than that: their order may be "
-        "noise. Keep and score the float32 weights of the fine-tune."
+        f"of about 1.1e-06, hardly any by more than 2.5e-06, and {share:.1%} of the neurons moved no "
+        "more than that: their order may be noise. Keep and score the float32 weights of the fine-tune."
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_is_above_rounding_where_there_was_nothing_else(
+    dtype: torch.dtype, tiny_model: TinyModel
+) -> None:
+    model = tiny_model(hidden_size=512, intermediate_size=1024)
+    scores = score_neurons(model, copy.deepcopy(model).to(dtype), ["*"])
+    typical = scores.provenance["rounding"]["typical"]
+    distances = np.concatenate([*scores.distances.values()])
+    assert (distances > typical).mean() > 0.5
+    with pytest.raises(NeuronError, match="hold only 0 neurons"):
+        scores.select(count=1, above_rounding=True)
 
 
 def test_a_16_bit_original_may_be_exact(
     tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = tiny_model().half()
-    after = fine_tuned(tiny_model().half().float())
-    assert score_neurons(before, after).provenance["rounding"]["dtype"] == "float16"
+    after = fine_tuned(tiny_model().half().float(), step=1e-6)
+    scores = score_neurons(before, after)
+    assert "rounding" not in scores.provenance
+    assert len(scores.select(count=len(scores), above_rounding=True)) == len(scores)
+    assert "Rounding to float16 alone moves" in caplog.text
     assert "Disregard this if LlamaForCausalLM was trained from exactly these" in caplog.text
+    caplog.clear()
+    known = score_neurons(before, after, from_these=True)
+    assert known.provenance == scores.provenance
+    assert caplog.text == ""
+    score_neurons(before, after.bfloat16(), from_these=True)
+    assert "holds bfloat16 weights" in caplog.text
 
 
 @pytest.mark.parametrize("side", ["before", "after"])
@@ -235,7 +270,7 @@ def test_other_shapes(tiny_model: TinyModel) -> None:
     before, after = tiny_model(), tiny_model(intermediate_size=72)
     with pytest.raises(
         CheckpointError,
-        match=rf"{UP_0}\.weight has shape \[72, 32\], .* makes it \[64, 32\]",
+        match=rf"{UP_0}\.weight has shape \[72, 32\], .* these neurons need \[64, 32\]",
     ):
         score_neurons(before, after)
 
@@ -246,6 +281,21 @@ def test_other_names(tiny_model: TinyModel) -> None:
         score_neurons(before, after)
     with pytest.raises(CheckpointError, match=f"has no tensor {UP_0}"):
         score_neurons(tiny_model(), tiny_model("gpt2"))
+
+
+def test_a_tied_head_is_refused_before_any_reading(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tiny_model(tie_word_embeddings=True)
+    before.save_pretrained(tmp_path)
+    for side in (before, tmp_path):
+        source = open_weights(side)
+        monkeypatch.setattr(source, "read", None)
+        with pytest.raises(NeuronError, match=r"tied to model\.embed_tokens\.weight"):
+            score_neurons(source, fine_tuned(before), ["up", "lm_head"])
+    wrapped = get_peft_model(before, LoraConfig(target_modules=["up_proj"]))
+    with pytest.raises(NeuronError, match=r"tied to model\.embed_tokens\.weight"):
+        score_neurons(wrapped, wrapped, ["lm_head"])
 
 
 def test_modules_that_are_not_there(tiny_model: TinyModel) -> None:
@@ -305,8 +355,9 @@ def test_memory_is_that_of_a_pair_of_matrices(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
-    for side in ("before", "after"):
-        model.save_pretrained(tmp_path / side, max_shard_size=max_shard_size)
+        model.save_pretrained(tmp_path / "before", max_shard_size=max_shard_size)
+        model.get_submodule(UP_0).weight[0, 0] = 0.25
+        model.save_pretrained(tmp_path / "after", max_shard_size=max_shard_size)
     del model
     pair = 2 * 2 * 1024 * 4096
     on_disk = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))

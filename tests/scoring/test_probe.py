@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import neft
 from neft.checkpoints import WeightSource, open_weights
-from neft.errors import ArchitectureError, CheckpointError, DataError, RunError
+from neft.errors import ArchitectureError, CheckpointError, DataError, RunError, UsageError
 from neft.neurons import Axis
 from neft.scoring.probe import Probes, check_inputs, fit_probes, mean_states, score_by_probe
 from reference.analysis import hidden_states
@@ -299,13 +299,13 @@ TEXTS = [[5, 6], [7], [8, 9, 10], [11]]
     [
         (TEXTS, ["a", "b"], r"4 texts and 2 labels"),
         (TEXTS, ["a"] * 4, r"two labels or more, but all have 'a'"),
-        ([], [], r"two labels or more, but there are no texts"),
+        ([], [], "There are no texts to read"),
         (TEXTS, ["a", "b", "a", "a"], r"Label 'b' has 1 of the 4 texts, fewer than the 2 folds"),
         ([[5], [], [6], [7]], ["a", "b", "a", "b"], r"Text 2 of 4 has no tokens"),
         (
             [[5], [6], [5] * 257, [7]],
             ["a", "b", "a", "b"],
-            r"Text 3 of 4 has 257 tokens, more than the 256 .*Set data\.max_length to 256",
+            r"Text 3 of 4 has 257 tokens, more than the 256 .* set max_length to 256",
         ),
     ],
 )
@@ -317,6 +317,18 @@ def test_bad_texts_are_found_before_the_model_reads(
     with pytest.raises(DataError, match=fault):
         fit_probes(model, texts, labels, folds=2)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"folds": 1}, r"folds is 1; a cross-validation needs 2 or more"),
+        ({"folds": 2, "batch_size": 0}, r"batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range(options: dict[str, int], fault: str, model: PreTrainedModel) -> None:
+    with pytest.raises(UsageError, match=fault):
+        fit_probes(model, TEXTS, ["a", "b"] * 2, **options)
 
 
 @pytest.mark.parametrize("layers", [[0, 2], [-1], []])

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from neft.errors import ArchitectureError, CheckpointError, DataError, DivergenceError, RunError
+from neft.errors import (
+    AdapterError,
+    ArchitectureError,
+    CheckpointError,
+    DataError,
+    DivergenceError,
+    NeuronError,
+    RunError,
+)
 from neft.neurons import Axis, NeuronScores, Projection
 from neft.scoring import score_by_activation, score_by_gradient, score_by_norm
 from neft.scoring.gradient import GradientSigns
@@ -114,6 +123,20 @@ def test_gradients_are_freed_one_by_one(tiny_model: TinyModel) -> None:
         )
     score_by_gradient(model, batches(1))
     assert alive == [1] * 4
+
+
+@pytest.mark.parametrize(("num_batches", "dtype"), [(32_767, torch.int16), (32_768, torch.int32)])
+def test_sums_of_very_many_batches(
+    num_batches: int, dtype: torch.dtype, tiny_model: TinyModel
+) -> None:
+    model = tiny_model()
+    signs = GradientSigns.nothing_yet(score_by_norm(model).projections.values(), num_batches)
+    for total in signs.sums.values():
+        assert total.dtype == dtype
+        total.fill_(num_batches - 1)  # as if all batches before the last had agreed
+    signs.add(model, batches(1))
+    assert max(int(total.max()) for total in signs.sums.values()) == num_batches
+    assert min(int(total.min()) for total in signs.sums.values()) == num_batches - 2
 
 
 @pytest.mark.parametrize(("num_batches", "dtype"), [(127, torch.int8), (128, torch.int16)])
@@ -229,6 +252,61 @@ def test_gradient_that_is_not_finite(tiny_model: TinyModel) -> None:
         score_by_gradient(
             tiny_model(), batches(), loss=lambda m, batch: Overflow.apply(m(**batch).loss)
         )
+
+
+WAYS = [
+    lambda model, **options: score_by_gradient(model, batches(), **options),
+    lambda model, **options: score_by_activation(model, batches(), **options),
+    score_by_norm,
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["gradient", "activation", "norm"])
+def test_axes_of_unknown_modules(way, tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    known = way(model, modules=["up", "down"])
+    model.config.model_type = "llamalike"
+    modules = ["*.up_proj", "*.down_proj"]
+    found = way(model, modules=modules, axes={"*.down_proj": Axis.COLUMN})
+    for name, projection in known.projections.items():
+        assert found.projections[name].axis is projection.axis
+        assert np.array_equal(found.distances[name], known.distances[name])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["gradient", "activation", "norm"])
+def test_a_tied_head(way, tiny_model: TinyModel, tmp_path) -> None:
+    tied = tiny_model(tie_word_embeddings=True)
+    with pytest.raises(
+        NeuronError, match=r"lm_head: its weight is tied to model\.embed_tokens\.weight"
+    ):
+        way(tied, modules=["up", "lm_head"])
+    assert "lm_head" in way(tiny_model(tie_word_embeddings=False), modules=["lm_head"]).projections
+    tied.save_pretrained(tmp_path)
+    with pytest.raises(NeuronError, match="its weight is tied"):
+        score_by_norm(tmp_path, ["lm_head"])
+
+
+@pytest.mark.parametrize("way", WAYS[:2], ids=["gradient", "activation"])
+def test_a_model_with_an_adapter(way, tiny_model: TinyModel) -> None:
+    wrapped = get_peft_model(tiny_model(), LoraConfig(target_modules=["up_proj"]))
+    inside = tiny_model()
+    inside.add_adapter(LoraConfig(target_modules=["up_proj"]))
+    for model in (wrapped, inside):
+        with pytest.raises(AdapterError, match=r"has an adapter, .* or give the base model"):
+            way(model)
+    assert len(way(wrapped.merge_and_unload()))
+
+
+def test_gradient_without_labels(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    bare = [{n: rows for n, rows in batch.items() if n != "labels"} for batch in batches()]
+    with pytest.raises(DataError, match=r"input_ids, attention_mask: add labels .*loss="):
+        score_by_gradient(model, bare)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    given = score_by_gradient(
+        model, bare, loss=lambda model, batch: model(**batch, labels=batch["input_ids"]).loss
+    )
+    assert len(given)
 
 
 @pytest.mark.parametrize("score", [score_by_gradient, score_by_activation])

@@ -156,7 +156,7 @@ def unit_activity(
             of another model, to compare with it.
 
     Raises:
-        DataError: no texts, or an empty one.
+        DataError, UsageError: see ``stream``.
         ArchitectureError: the model's down projections cannot be found.
         UsageError: thresholds of another model.
         RunError: an activation that is not finite, or too little memory on the device.

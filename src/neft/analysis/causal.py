@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from neft.analysis.table import Table
 from neft.checkpoints import WeightSource
-from neft.errors import AdapterError, NeuronError
+from neft.errors import NeuronError
 from neft.neurons import Indices, NeuronScores, NeuronSet, Projection
-from neft.projections import as_module
+from neft.projections import check_plain
 from neft.scoring.weights import check_weights, read_weight
 
 if TYPE_CHECKING:
@@ -187,13 +187,7 @@ class _Place:
 
 
 def _check_fits(neurons: NeuronSet, model: Any, original: WeightSource) -> None:
-    modules = dict(model.named_modules())
-    # PEFT wraps the model, or, where transformers adds the adapter, its layers alone.
-    if as_module(model) is not model or any(hasattr(m, "base_layer") for m in modules.values()):
-        raise AdapterError(
-            "The model has an adapter, whose vectors would take the place of the restored ones. Merge it "
-            "first, by model.merge_and_unload()."
-        )
+    check_plain(model, "whose vectors would take the place of the restored ones")
     if not len(neurons):
         raise NeuronError("The neuron set is empty: there is nothing to restore.")
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -31,7 +31,8 @@ def diff_table(before: WeightSource, after: WeightSource, *, progress: bool = Tr
     cancellation.
 
     Args:
-        before: a folder or Hub id with ``config.json``, or a module without adapters.
+        before: a folder or Hub id with ``config.json``, or a module; an adapter counts, on either side,
+            as far as it is merged.
         after: the same model after fine-tuning.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 

@@ -127,7 +127,7 @@ def mean_hidden_states(
         batch_size: texts at once; changes nothing but rounding.
 
     Raises:
-        DataError: no texts, or an empty one.
+        DataError, UsageError: see ``stream``.
         ArchitectureError: the model's layers cannot be found.
         RunError: a hidden state that is not finite, or too little memory on the device.
     """

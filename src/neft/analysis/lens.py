@@ -49,6 +49,7 @@ class Norms:
 
 
 _RMS = Norms("norm")
+_OLMO = Norms("norm", after_ffn="post_feedforward_layernorm")
 _GEMMA = Norms("norm", after_ffn="post_feedforward_layernorm", offset=1.0)
 
 NORMS: Mapping[str, Norms] = {
@@ -63,10 +64,13 @@ NORMS: Mapping[str, Norms] = {
     "gpt_oss": _RMS,
     "qwen3_moe": _RMS,
     "qwen2_moe": _RMS,
+    "gemma": Norms("norm", offset=1.0),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gemma3": _GEMMA,
-    "olmo2": Norms("norm", after_ffn="post_feedforward_layernorm"),
+    "granite": _RMS,
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
     "gpt2": Norms("ln_f", centred=True),
     "opt": Norms("final_layer_norm", centred=True),
     "gpt_neox": Norms("final_layer_norm", centred=True),

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from neft.checkpoints import open_weights
 from neft.errors import UsageError
 from neft.neurons import NeuronScores
 from neft.pipeline.adapter import CONFIG
@@ -15,6 +16,7 @@ from neft.pipeline.scoring import merged
 from neft.pipeline.selection import SCORES
 from neft.pipeline.stages import finding_stages
 from neft.pipeline.store import StageFolder
+from neft.projections import find_candidates
 from neft.recipe import ModelSection, Recipe, load_recipe
 
 
@@ -47,7 +49,8 @@ def find_in_weights(
     if after is None:
         return score_by_norm(before, modules)
     if (Path(after).expanduser() / CONFIG).is_file():
-        return score_neurons(before, merged(ModelSection(path=before), Path(after)), modules)
+        tuned = merged(ModelSection(path=before), Path(after))
+        return score_neurons(before, tuned, modules, from_these=True)
     return score_neurons(before, after, modules)
 
 
@@ -94,6 +97,8 @@ def find(recipe: Recipe, file: Path, *, say: Say) -> NeuronScores:
     """
     file = file.expanduser().resolve()
     folder = file.with_name(f".{file.name}.work")
+    model = recipe.model
+    find_candidates(open_weights(model.path, model.revision).network, recipe.score.modules)
     stages = finding_stages(recipe)
     folders = {stage.name: StageFolder(folder / stage.name) for stage in stages}
     run_stages(stages, folders, folder / LOCK, overwrite=True, say=say)

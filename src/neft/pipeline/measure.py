@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from neft.files import replaced_atomically, write_json
 from neft.memory import peak_memory, reset_peak_memory
+from neft.neurons import Projection
 from neft.pipeline.evaluate import device
-from neft.projections import find_projections
+from neft.projections import find_candidates
 from neft.recipe import Recipe, WarmupSection
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _begun(
     from neft.scoring.activation import ActivationSums
     from neft.scoring.gradient import GradientSigns
 
-    projections = find_projections(model, recipe.score.modules)
+    projections = find_candidates(model, recipe.score.modules)
     progress = _Progress(options.method)
     if options.method == "activation":
         return ActivationSums.nothing_yet(projections), progress
@@ -125,7 +126,8 @@ def _save(sums: Sums, progress: _Progress, file: Path) -> None:
     from safetensors.torch import save_file
 
     with replaced_atomically(file) as part:
-        save_file(sums.sums, part, {_STATE: json.dumps(asdict(progress))})
+        state = asdict(progress) | {"projections": [p.to_dict() for p in sums.projections]}
+        save_file(sums.sums, part, {_STATE: json.dumps(state)})
 
 
 def _resumed(file: Path) -> tuple[Sums, _Progress] | None:
@@ -138,11 +140,13 @@ def _resumed(file: Path) -> tuple[Sums, _Progress] | None:
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as stored:
-        progress = _Progress(**json.loads(stored.metadata()[_STATE]))
+        state = json.loads(stored.metadata()[_STATE])
+        projections = [Projection.from_dict(fields) for fields in state.pop("projections")]
+        progress = _Progress(**state)
         sums = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     if progress.method == "activation":
-        return ActivationSums(sums, progress.count), progress
-    return GradientSigns(sums, progress.count, _mean_loss), progress
+        return ActivationSums(projections, sums, progress.count), progress
+    return GradientSigns(projections, sums, progress.count, _mean_loss), progress
 
 
 @contextmanager

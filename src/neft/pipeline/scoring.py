@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from neft.checkpoints import WeightSource, open_weights
-from neft.errors import NeuronError
 from neft.files import write_json
 from neft.memory import peak_memory, reset_peak_memory
 from neft.neurons import NeuronScores
@@ -49,26 +48,18 @@ def _scores(recipe: Recipe, warmup: Path | None) -> NeuronScores:
     if options.method == "norm":
         return score_by_norm(base, modules)
     if options.checkpoint is not None:
-        return _moved(score_neurons(base, open_weights(options.checkpoint), modules))
+        return score_neurons(base, open_weights(options.checkpoint), modules)
     assert warmup is not None
     match options.method:
         case "full":
             step = recipe.score.step
             folder = warmup / ("model" if step is None else f"snapshots/{step}")
-            return score_neurons(base, open_weights(folder), modules)
+            return score_neurons(base, open_weights(folder), modules, from_these=True)
         case "lora":
-            return score_neurons(base, merged(recipe.model, warmup / "adapter"), modules)
+            tuned = merged(recipe.model, warmup / "adapter")
+            return score_neurons(base, tuned, modules, from_these=True)
         case _:
             return read_measured(warmup).scores(base)
-
-
-def _moved(scores: NeuronScores) -> NeuronScores:
-    if not any(distances.any() for distances in scores.distances.values()):
-        raise NeuronError(
-            f"warmup.checkpoint: no neuron of {scores.provenance['after']} differs from "
-            f"{scores.provenance['before']}. Give the model after fine-tuning."
-        )
-    return scores
 
 
 def merged(model: ModelSection, adapter: Path) -> WeightSource:

@@ -31,9 +31,9 @@ def unscored(network: nn.Module, recipe: Recipe) -> NeuronScores:
         network: the model's modules; their parameters may be on the meta device.
         recipe: its score section says which projections count.
     """
-    from neft.projections import find_projections
+    from neft.projections import find_candidates
 
-    projections = find_projections(network, recipe.score.modules)
+    projections = find_candidates(network, recipe.score.modules)
     # All different, so that the lowest and the highest are not the same neurons.
     ramp = np.linspace(0, 1, sum(projection.num_neurons for projection in projections))
     ends = np.cumsum([projection.num_neurons for projection in projections])[:-1]

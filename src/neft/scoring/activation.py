@@ -18,7 +18,7 @@ from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
 from neft.errors import DataError, OutOfMemoryError, RunError
 from neft.neurons import Axis, NeuronScores, Projection
-from neft.projections import as_module, check_can_be_watched, find_projections
+from neft.projections import as_module, check_can_be_watched, check_plain, find_candidates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,11 +28,15 @@ class ActivationSums:
     """Sums of ``|activation|`` over tokens, while a model reads batches.
 
     Args:
+        projections: whose neurons are watched.
         sums: module name -> float64 ``[num_neurons]``.
         count: how many tokens they are sums over.
     """
 
-    def __init__(self, sums: Mapping[str, Tensor], count: int = 0) -> None:
+    def __init__(
+        self, projections: Iterable[Projection], sums: Mapping[str, Tensor], count: int = 0
+    ) -> None:
+        self.projections = tuple(projections)
         self.sums = dict(sums)
         self.count = count
 
@@ -47,7 +51,8 @@ class ActivationSums:
         check_can_be_watched(
             projections, "Score them by cosine, gradient or norm, or leave them out of modules."
         )
-        return cls({p.name: torch.zeros(p.num_neurons, dtype=torch.float64) for p in projections})
+        zeros = {p.name: torch.zeros(p.num_neurons, dtype=torch.float64) for p in projections}
+        return cls(projections, zeros)
 
     def add(self, model: Any, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Let ``model`` read batches of ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
@@ -79,7 +84,7 @@ class ActivationSums:
         model.eval()
         with ExitStack() as undo:
             undo.callback(model.train, was_training)
-            for projection in find_projections(model, [*self.sums]):
+            for projection in self.projections:
                 module = model.get_submodule(projection.name)
                 hook = module.register_forward_hook(partial(self._take, projection))
                 undo.callback(hook.remove)
@@ -101,7 +106,6 @@ class ActivationSums:
 
     def scores(self, base: WeightSource) -> NeuronScores:
         """Means over the tokens; of ``base``, only the shapes count."""
-        projections = find_projections(base.network, [*self.sums])
         means = {name: (total / self.count).numpy() for name, total in self.sums.items()}
         provenance = {
             "method": "activation",
@@ -109,28 +113,34 @@ class ActivationSums:
             "num_tokens": self.count,
             "neft": __version__,
         }
-        return NeuronScores(projections, means, base.num_parameters, provenance)
+        return NeuronScores(self.projections, means, base.num_parameters, provenance)
 
 
 def score_by_activation(
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
     modules: Sequence[str] | None = None,
+    *,
+    axes: Mapping[str, Axis] | None = None,
 ) -> NeuronScores:
     """Rank neurons by their mean ``|activation|``, the most active first.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, without an adapter.
         batches: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
         modules: projections to score (see ``find_projections``); default: up and down.
+        axes: pattern of module names -> axis, for modules that the architecture table does not know.
 
     Raises:
+        AdapterError: the model has an adapter.
         ArchitectureError: projections that the model does not have, or of experts.
+        NeuronError: the weight of one is tied to another's.
         DataError: no batches.
         RunError: an activation that is not finite, or too little memory on the device.
     """
     if not batches:
         raise DataError("There are no batches to read; give at least one.")
-    sums = ActivationSums.nothing_yet(find_projections(model, modules))
+    check_plain(model, "and neurons are scored in a plain model")
+    sums = ActivationSums.nothing_yet(find_candidates(model, modules, axes))
     sums.add(model, batches)
     return sums.scores(open_weights(model))

@@ -18,16 +18,16 @@ from neft import __version__
 from neft.checkpoints import Matrix, WeightSource, open_weights
 from neft.errors import CheckpointError
 from neft.neurons import Axis, NeuronScores, PathLike, Projection
-from neft.projections import find_projections
+from neft.projections import find_candidates
 from neft.scoring.distance import LARGEST, cosine_distances, scoring_threads
 from neft.scoring.rounding import Rounding, find_rounding
+from neft.scoring.weights import check_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Rows of a matrix that are searched at once for a value that is not finite.
 _SEARCHED_ROWS = 256
 
@@ -38,6 +38,7 @@ def score_neurons(
     modules: Sequence[str] | None = None,
     *,
     axes: Mapping[str, Axis] | None = None,
+    from_these: bool = False,
     progress: bool = True,
 ) -> NeuronScores:
     """Cosine similarity of every neuron before and after fine-tuning (Algorithm 1, step 2).
@@ -49,10 +50,13 @@ def score_neurons(
         before: the original model M_Org: a checkpoint folder (safetensors and ``config.json``), a Hub id,
             a module, or what ``open_weights`` returned.
         after: the same model after a short full fine-tune, M_FT; it needs no ``config.json``. Its weights
-            should be float32: with 16 bits, rounding moves neurons as far as a short fine-tune does.
+            should be float32: with 16 bits, rounding moves neurons as far as a short fine-tune does. An
+            adapter counts as far as it is merged into them.
         modules: projections to score, by role, module name or pattern (see ``find_projections``);
             default: up and down.
         axes: pattern of module names -> axis, for modules that the architecture table does not know.
+        from_these: whether ``after`` is known to be trained from exactly the weights of ``before``; if
+            these have 16 bits, nothing was rounded then, and there is no warning.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
     Returns:
@@ -61,12 +65,15 @@ def score_neurons(
 
     Raises:
         ArchitectureError: projections that the model does not have.
+        NeuronError: the weight of one is tied to another's.
         CheckpointError: weights that are missing, torn, quantized or not finite, or that differ in name
-            or shape between the two sides.
+            or shape between the two sides, or of which no neuron differs in direction.
     """
     original, tuned = _opened(before), _opened(after)
-    projections = find_projections(original.network, modules, axes)
-    pairs = [_Pair.find(projection, original, tuned) for projection in projections]
+    projections = find_candidates(original.network, modules, axes)
+    for source in (original, tuned):
+        check_weights(source, projections)
+    pairs = [_Pair(p, (original.matrix(p), tuned.matrix(p))) for p in projections]
     total_parameters = original.num_parameters
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
@@ -74,6 +81,7 @@ def score_neurons(
     with scoring_threads() as pool:
         for pair in track(pairs, "Scoring", console=console, transient=True, disable=hidden):
             distances[pair.projection.name] = pair.distances(pool)
+    _check_turned(distances, original, tuned)
     dtypes_before, dtypes_after = ({pair.dtypes[side] for pair in pairs} for side in (0, 1))
     provenance: dict[str, Any] = {
         "method": "cosine",
@@ -82,9 +90,12 @@ def score_neurons(
         "dtypes": {"before": sorted(dtypes_before), "after": sorted(dtypes_after)},
         "neft": __version__,
     }
-    if rounding := find_rounding(dtypes_before | dtypes_after, distances.values()):
+    if rounding := find_rounding(dtypes_after, distances.values()):
         provenance["rounding"] = asdict(rounding)
-        _warn(rounding, original, tuned, after_is_rounded=rounding.dtype in dtypes_after)
+        _warn(rounding, tuned, "Keep and score the float32 weights of the fine-tune.")
+    elif not from_these and (rounding := find_rounding(dtypes_before, distances.values())):
+        start = f"exactly these {rounding.dtype} weights"
+        _warn(rounding, original, f"Disregard this if {tuned.label} was trained from {start}.")
     return NeuronScores(projections, distances, total_parameters, provenance)
 
 
@@ -98,24 +109,6 @@ class _Pair:
 
     projection: Projection
     sides: tuple[Matrix, Matrix]
-
-    @classmethod
-    def find(cls, projection: Projection, original: WeightSource, tuned: WeightSource) -> _Pair:
-        sides = original.matrix(projection), tuned.matrix(projection)
-        for matrix in sides:
-            label = matrix.source.label
-            if matrix.shape != projection.weight_shape:
-                raise CheckpointError(
-                    f"{label}: {matrix.name} has shape {list(matrix.shape)}, but the model of "
-                    f"{original.label} makes it {list(projection.weight_shape)}. Score two checkpoints "
-                    "of one model."
-                )
-            if matrix.dtype not in _DTYPES:
-                raise CheckpointError(
-                    f"{label}: {matrix.name} is stored as {matrix.dtype}; scoring needs one of "
-                    f"{', '.join(_DTYPES)}. Give the checkpoint that was not quantized."
-                )
-        return cls(projection, sides)
 
     @property
     def dtypes(self) -> tuple[str, str]:
@@ -145,20 +138,26 @@ class _Pair:
         raise AssertionError(f"{self.projection.name}: NaN distances from finite weights")
 
 
-def _warn(
-    rounding: Rounding, original: WeightSource, tuned: WeightSource, *, after_is_rounded: bool
+def _check_turned(
+    distances: Mapping[str, npt.NDArray[np.float64]], original: WeightSource, tuned: WeightSource
 ) -> None:
-    remedy = (
-        "Keep and score the float32 weights of the fine-tune."
-        if after_is_rounded
-        else f"Disregard this if {tuned.label} was trained from exactly these {rounding.dtype} weights."
-    )
+    if not any(values.any() for values in distances.values()):
+        raise CheckpointError(
+            f"{tuned.label}: no neuron of the {len(distances)} scored projections differs in direction "
+            f"from that of {original.label}. Give the model after fine-tuning, an adapter merged into it "
+            "(model.merge_and_unload()), and in modules projections that were trained."
+        )
+
+
+def _warn(rounding: Rounding, rounded: WeightSource, remedy: str) -> None:
     _log.warning(
-        "%s holds %s weights. Rounding to %s alone moves a neuron by 1 - cos of about %.1e, and %.1f%% "
-        "of the neurons moved less than that: their order may be noise. %s",
-        (tuned if after_is_rounded else original).label,
+        "%s holds %s weights. Rounding to %s alone moves a neuron by 1 - cos of about %.1e, hardly any "
+        "by more than %.1e, and %.1f%% of the neurons moved no more than that: their order may be noise. "
+        "%s",
+        rounded.label,
         rounding.dtype,
         rounding.dtype,
+        rounding.typical,
         rounding.floor,
         100 * rounding.share_below,
         remedy,

@@ -8,9 +8,10 @@ gradient over T batches, without an update in between, stands for that move. A n
 
 in a run whose rates sum to 1, as long as that is small; the order does not depend on the sum.
 
-A sum of signs takes one byte a weight for up to 127 batches. Gradients are computed one matrix after the
-other and freed at once. So beside the model's weights and activations, memory holds one byte for each
-weight of the scored projections, and one gradient; that of experts is of all in a layer.
+A sum of signs takes one byte a weight for up to 127 batches, two for up to 32,767. Gradients are computed
+one matrix after the other and freed at once. So beside the model's weights and activations, memory holds
+these bytes for each weight of the scored projections, and one gradient; that of experts is of all in a
+layer.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
 from neft.errors import ArchitectureError, DataError, DivergenceError
 from neft.memory import naming_shortage
-from neft.neurons import NeuronScores, Projection
-from neft.projections import find_projections
+from neft.neurons import Axis, NeuronScores, Projection
+from neft.projections import check_plain, find_candidates
 from neft.quantized import is_quantized
 from neft.scoring.neuron_vectors import SMALLEST, neuron_vectors
 
 if TYPE_CHECKING:
     from torch import nn
 
-_INT8_BATCHES = torch.iinfo(torch.int8).max
+# Of sums, the smallest that holds as many signs as there are batches is taken.
+_SUMS = (torch.int8, torch.int16, torch.int32)
 
 Loss: TypeAlias = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -47,14 +49,20 @@ class GradientSigns:
     """Sums of the signs of gradients, weight by weight, while a model reads batches.
 
     Args:
-        sums: module name -> int8 or int16, in the shape of the module's weight.
+        projections: whose weights' gradients are watched.
+        sums: module name -> int8, int16 or int32, in the shape of the module's weight.
         count: how many batches they are sums over.
         loss: mean loss of a model on a batch, a scalar; default: ``model(**batch).loss``.
     """
 
     def __init__(
-        self, sums: Mapping[str, Tensor], count: int = 0, loss: Loss | None = None
+        self,
+        projections: Iterable[Projection],
+        sums: Mapping[str, Tensor],
+        count: int = 0,
+        loss: Loss | None = None,
     ) -> None:
+        self.projections = tuple(projections)
         self.sums = dict(sums)
         self.count = count
         self._loss = loss or _own_loss
@@ -64,8 +72,10 @@ class GradientSigns:
         cls, projections: Iterable[Projection], num_batches: int, loss: Loss | None = None
     ) -> GradientSigns:
         """Zeros for projections, of a type that can hold the sums over ``num_batches``."""
-        dtype = torch.int8 if num_batches <= _INT8_BATCHES else torch.int16
-        return cls({p.name: torch.zeros(p.weight_shape, dtype=dtype) for p in projections}, 0, loss)
+        dtype = next(dtype for dtype in _SUMS if num_batches <= torch.iinfo(dtype).max)
+        projections = list(projections)
+        zeros = {p.name: torch.zeros(p.weight_shape, dtype=dtype) for p in projections}
+        return cls(projections, zeros, 0, loss)
 
     def add(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Let ``model`` read batches; its weights stay as they are.
@@ -91,7 +101,7 @@ class GradientSigns:
             for parameter, before in wanted.items():
                 undo.callback(parameter.requires_grad_, before)
                 parameter.requires_grad_(False)
-            for name, projections in self._by_parameter(model).items():
+            for name, projections in self._by_parameter().items():
                 layer = model.get_submodule(projections[0].module)
                 if is_quantized(layer):
                     _check_not_transposed(projections[0].module, layer)
@@ -105,10 +115,10 @@ class GradientSigns:
                 undo.callback(hook.remove)
             yield
 
-    def _by_parameter(self, model: nn.Module) -> Mapping[str, Sequence[Projection]]:
+    def _by_parameter(self) -> Mapping[str, Sequence[Projection]]:
         """The summed projections by the parameter they are in; experts share one."""
         table: dict[str, list[Projection]] = {}
-        for projection in find_projections(model, [*self.sums]):
+        for projection in self.projections:
             table.setdefault(projection.parameter, []).append(projection)
         return table
 
@@ -144,15 +154,14 @@ class GradientSigns:
 
     def scores(self, base: WeightSource) -> NeuronScores:
         """How far the mean signs would turn each neuron; ``base`` is read one matrix at a time."""
-        projections = find_projections(base.network, [*self.sums])
-        distances = {p.name: self._turns(base, p) for p in projections}
+        distances = {p.name: self._turns(base, p) for p in self.projections}
         provenance = {
             "method": "gradient",
             "before": base.label,
             "num_batches": self.count,
             "neft": __version__,
         }
-        return NeuronScores(projections, distances, base.num_parameters, provenance)
+        return NeuronScores(self.projections, distances, base.num_parameters, provenance)
 
     def _turns(self, base: WeightSource, projection: Projection) -> npt.NDArray[np.float64]:
         """``1 - cos`` of each neuron, float64 ``[num_neurons]``."""
@@ -201,7 +210,12 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def _own_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    found: Tensor = model(**batch).loss
+    found: Tensor | None = model(**batch).loss
+    if found is None:
+        raise DataError(
+            f"The model returns no loss for a batch of {', '.join(batch)}: add labels to the batches, "
+            "or give loss=."
+        )
     return found
 
 
@@ -210,27 +224,34 @@ def score_by_gradient(
     batches: Sequence[Mapping[str, Tensor]],
     modules: Sequence[str] | None = None,
     *,
+    axes: Mapping[str, Axis] | None = None,
     loss: Loss | None = None,
 ) -> NeuronScores:
     """Foretell how far a short full fine-tune would turn each neuron, without updating anything.
 
     Args:
-        model: the original model; its weights stay as they are.
-        batches: what the fine-tune would read, each batch a step.
+        model: the original model, without an adapter; its weights stay as they are.
+        batches: what the fine-tune would read, each batch a step; with ``labels``, unless ``loss`` is
+            given.
         modules: projections to score (see ``find_projections``); default: up and down.
+        axes: pattern of module names -> axis, for modules that the architecture table does not know.
         loss: mean loss of a model on a batch, a scalar; default: ``model(**batch).loss``.
 
     Returns:
         ``1 - cos`` in a run whose learning rates sum to 1, for small angles (see the module).
 
     Raises:
+        AdapterError: the model has an adapter.
         ArchitectureError: projections that the model does not have.
-        DataError: no batches.
+        NeuronError: the weight of one is tied to another's.
+        DataError: no batches, or none that the model returns a loss for.
         DivergenceError: a loss or gradient that is not finite.
         OutOfMemoryError: too little memory.
     """
     if not batches:
         raise DataError("There are no batches to read; give at least one.")
-    signs = GradientSigns.nothing_yet(find_projections(model, modules), len(batches), loss)
+    check_plain(model, "and neurons are scored in a plain model")
+    projections = find_candidates(model, modules, axes)
+    signs = GradientSigns.nothing_yet(projections, len(batches), loss)
     signs.add(model, batches)
     return signs.scores(open_weights(model))

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
-from neft.errors import ArchitectureError, DataError
+from neft.errors import ArchitectureError, DataError, UsageError
 from neft.neurons import Axis, NeuronScores, PathLike, Projection
-from neft.projections import as_module, find_projections
+from neft.projections import as_module, find_candidates
 from neft.scoring.neuron_vectors import neuron_vectors
 from neft.scoring.weights import check_weights
-from neft.streaming import Batch, layers_of, stream, text_means
+from neft.streaming import Batch, check_texts, layers_of, stream, text_means
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,8 +78,9 @@ def check_inputs(
         folds: of the cross-validation.
 
     Raises:
-        DataError: not one label a text, a text without tokens or longer than the model's context, fewer
-            than two labels, or a label with fewer texts than folds.
+        DataError: not one label a text, no texts, one without tokens or longer than the model's context,
+            fewer than two labels, or a label with fewer texts than folds.
+        UsageError: fewer than two folds.
         ArchitectureError: the model's layers cannot be found, or it has none with such an index.
     """
     _chosen_layers(model, layers)
@@ -87,37 +88,20 @@ def check_inputs(
         raise DataError(
             f"There are {len(texts)} texts and {len(labels)} labels; give one for each."
         )
-    _check_lengths(texts, _context_length(model))
+    check_texts(model, texts)
     counts = Counter(labels)
     if len(counts) < 2:
-        found = f"all have {next(iter(counts))!r}" if counts else "there are no texts"
-        raise DataError(f"A probe needs texts with two labels or more, but {found}.")
+        raise DataError(
+            f"A probe needs texts with two labels or more, but all have {next(iter(counts))!r}."
+        )
+    if folds < 2:
+        raise UsageError(f"folds is {folds}; a cross-validation needs 2 or more.")
     rarest, count = counts.most_common()[-1]
     if count < folds:
         raise DataError(
             f"Label {rarest!r} has {count} of the {len(texts)} texts, fewer than the {folds} folds of "
             "the cross-validation. Give more texts (score.probe.limit), or lower score.probe.folds."
         )
-
-
-def _check_lengths(texts: Sequence[Sequence[int]], context: int | None) -> None:
-    for number, text in enumerate(texts, start=1):
-        if not len(text):
-            raise DataError(f"Text {number} of {len(texts)} has no tokens; leave it out.")
-        if context is not None and len(text) > context:
-            raise DataError(
-                f"Text {number} of {len(texts)} has {len(text)} tokens, more than the {context} of the "
-                f"model's context (max_position_embeddings). Set data.max_length to {context} or less."
-            )
-
-
-def _context_length(model: nn.Module) -> int | None:
-    """The most tokens that a model can read at once, where its configuration says so."""
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        return None
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
 
 
 def _chosen_layers(model: nn.Module, layers: Sequence[int] | None) -> dict[int, nn.Module]:
@@ -161,7 +145,7 @@ def fit_probes(
         seed: of the folds; the weights do not depend on it.
 
     Raises:
-        DataError, ArchitectureError: see ``check_inputs``.
+        DataError, UsageError, ArchitectureError: see ``check_inputs`` and ``stream``.
         RunError: a hidden state that is not finite, or too little memory on the device.
     """
     check_inputs(as_module(model), texts, labels, layers=layers, folds=folds)
@@ -207,7 +191,7 @@ def mean_states(
         Layer -> float32 ``[num_texts, hidden_size]``; the last layer's is that before the final norm.
 
     Raises:
-        DataError: no texts, or an empty one.
+        DataError, UsageError: see ``stream``.
         ArchitectureError: the model's layers cannot be found, or it has none with such an index.
         RunError: a hidden state that is not finite, or too little memory on the device.
     """
@@ -289,10 +273,11 @@ def score_by_probe(
     Raises:
         ArchitectureError: projections that the model does not have, or that neither read from the
             residual stream nor write to it.
+        NeuronError: the weight of one is tied to another's.
         CheckpointError: weights that are missing, torn, quantized, not finite or of another model.
     """
     source = weights if isinstance(weights, WeightSource) else open_weights(weights)
-    projections = find_projections(source.network, modules, axes)
+    projections = find_candidates(source.network, modules, axes)
     _check_lengths_of_neurons(projections, probes)
     check_weights(source, projections)
     rows = torch.from_numpy(probes.weights).flatten(0, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neft.errors import AdapterError, NeuronError, UsageError
 from neft.neurons import NeuronSet, Projection
+from neft.projections import check_untied
 from neft.quantized import check_gradients_pass, is_quantized, keep_format, keep_plain
 from neft.tuner.config import NeftConfig
 from neft.tuner.experts import NeftExperts, check_experts_supported
@@ -260,18 +261,12 @@ def _logical_shape(projection: Projection) -> tuple[int, int]:
 
 def _check_alone(neurons: NeuronSet, model: nn.Module, modules_to_save: list[str]) -> None:
     """Nothing else may use or train the weights that hold the chosen neurons."""
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(_plain_name(name).replace(".base_layer.", "."))
-    tied = {name: names for names in users.values() for name in names if len(names) > 1}
+    parameters = model.named_parameters(remove_duplicate=False)
+    check_untied(
+        ((_plain_name(name).replace(".base_layer.", "."), tensor) for name, tensor in parameters),
+        [neurons.projections[name] for name in neurons.modules()],
+    )
     for name in neurons.modules():
-        weight = neurons.projections[name].parameter
-        if weight in tied:
-            others = ", ".join(other for other in tied[weight] if other != weight)
-            raise NeuronError(
-                f"{name}: its weight is tied to {others}, which would change with it. Untie them first "
-                "(tie_word_embeddings=False), or choose other modules."
-            )
         for saved in modules_to_save:
             if f".{saved}." in f".{name}.":
                 raise NeuronError(

@@ -225,10 +225,10 @@ def test_a_16_bit_original_may_be_exact(
     assert "Rounding to float16 alone moves" in caplog.text
     assert "Disregard this if LlamaForCausalLM was trained from exactly these" in caplog.text
     caplog.clear()
-    known = score_neurons(before, after, from_these=True)
+    known = score_neurons(before, after, exact_start=True)
     assert known.provenance == scores.provenance
     assert caplog.text == ""
-    score_neurons(before, after.bfloat16(), from_these=True)
+    score_neurons(before, after.bfloat16(), exact_start=True)
     assert "holds bfloat16 weights" in caplog.text
 
 

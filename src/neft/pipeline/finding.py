@@ -50,7 +50,7 @@ def find_in_weights(
         return score_by_norm(before, modules)
     if (Path(after).expanduser() / CONFIG).is_file():
         tuned = merged(ModelSection(path=before), Path(after))
-        return score_neurons(before, tuned, modules, from_these=True)
+        return score_neurons(before, tuned, modules, exact_start=True)
     return score_neurons(before, after, modules)
 
 

@@ -54,10 +54,10 @@ def _scores(recipe: Recipe, warmup: Path | None) -> NeuronScores:
         case "full":
             step = recipe.score.step
             folder = warmup / ("model" if step is None else f"snapshots/{step}")
-            return score_neurons(base, open_weights(folder), modules, from_these=True)
+            return score_neurons(base, open_weights(folder), modules, exact_start=True)
         case "lora":
             tuned = merged(recipe.model, warmup / "adapter")
-            return score_neurons(base, tuned, modules, from_these=True)
+            return score_neurons(base, tuned, modules, exact_start=True)
         case _:
             return read_measured(warmup).scores(base)
 

@@ -38,7 +38,7 @@ def score_neurons(
     modules: Sequence[str] | None = None,
     *,
     axes: Mapping[str, Axis] | None = None,
-    from_these: bool = False,
+    exact_start: bool = False,
     progress: bool = True,
 ) -> NeuronScores:
     """Cosine similarity of every neuron before and after fine-tuning (Algorithm 1, step 2).
@@ -55,7 +55,7 @@ def score_neurons(
         modules: projections to score, by role, module name or pattern (see ``find_projections``);
             default: up and down.
         axes: pattern of module names -> axis, for modules that the architecture table does not know.
-        from_these: whether ``after`` is known to be trained from exactly the weights of ``before``; if
+        exact_start: whether ``after`` is known to be trained from exactly the weights of ``before``; if
             these have 16 bits, nothing was rounded then, and there is no warning.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
@@ -93,7 +93,7 @@ def score_neurons(
     if rounding := find_rounding(dtypes_after, distances.values()):
         provenance["rounding"] = asdict(rounding)
         _warn(rounding, tuned, "Keep and score the float32 weights of the fine-tune.")
-    elif not from_these and (rounding := find_rounding(dtypes_before, distances.values())):
+    elif not exact_start and (rounding := find_rounding(dtypes_before, distances.values())):
         start = f"exactly these {rounding.dtype} weights"
         _warn(rounding, original, f"Disregard this if {tuned.label} was trained from {start}.")
     return NeuronScores(projections, distances, total_parameters, provenance)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -351,6 +352,17 @@ def kill_while_writing(trainer: Any, checkpoint: str) -> None:
     raise Killed
 
 
+def kill_while_deleting(folder: Any, *args: Any, **kwargs: Any) -> None:
+    """Leave of the checkpoints what is left when their markers happen to go last."""
+    if Path(folder).name != "checkpoints":
+        rmtree(folder, *args, **kwargs)
+        return
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name != "complete.json":
+            file.unlink()
+    raise Killed
+
+
 # What to replace, by what: the moment at which the run is killed.
 MOMENTS = {
     "before the first checkpoint": (callbacks.SealCheckpoints, "on_step_begin", kill_at(1)),
@@ -366,6 +378,7 @@ MOMENTS = {
     "while the result is published": (resume, "_link", kill),
     "before the record is written": (training, "write_json", None),
     "before the checkpoints go": (training.shutil, "rmtree", None),
+    "while the checkpoints go": (training.shutil, "rmtree", kill_while_deleting),
 }
 
 

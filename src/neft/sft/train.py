@@ -206,10 +206,12 @@ def train(
     record = run.folder / RECORD
     for file in (record, run.plan):
         _check_is_ours(file, run)
-    is_finished, is_trained = record.is_file(), _is_trained(run.checkpoints)
+    is_finished = record.is_file()
+    # A kill may have left a finished run with the half of its checkpoints.
+    is_trained = is_finished or _is_trained(run.checkpoints)
     # Before anybody changes what the others have yet to see.
     processes.wait_for_all()
-    if not (is_finished or is_trained):
+    if not is_trained:
         _train(run)
     if processes.is_first():
         if not is_finished:

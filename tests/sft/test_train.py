@@ -418,6 +418,50 @@ def kill_for(original: Callable[..., Any], moment: str) -> Callable[..., Any]:
     return replacement
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_damaged_checkpoint_changes_nothing(
+    name: str,
+    run: Run,
+    reference: Callable[[str], TrainingResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.SealCheckpoints, "on_step_begin", kill_at(5))
+        with pytest.raises(Killed):
+            run(tmp_path)
+    (tmp_path / "checkpoints/checkpoint-4" / name).unlink()
+    assert_same(run(tmp_path), reference("full"))
+
+
+def without_crew(file: Path) -> None:
+    fields = json.loads(file.read_text())
+    del fields["crew"]
+    file.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda file: os.truncate(file, 100), without_crew],
+    ids=["missing", "torn", "of another version"],
+)
+def test_plan_that_cannot_be_read(
+    damage: Callable[[Path], None],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.SealCheckpoints, "on_step_begin", kill_at(5))
+        with pytest.raises(Killed):
+            run(tmp_path)
+    damage(tmp_path / "checkpoints/plan.json")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match=rf"plan\.json: is missing or torn.* Delete {tmp_path} to begin"):
+        run(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_torn_checkpoint_leaves_nothing_in_the_result(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

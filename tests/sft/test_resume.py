@@ -15,9 +15,7 @@ from neft.sft import resume
 FILES = ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
 
 
-def checkpoint(
-    folder: Path, step: int, *, best: int | None = None, sealed: bool = True
-) -> Path:
+def checkpoint(folder: Path, step: int, *, best: int | None = None, sealed: bool = True) -> Path:
     made = resume.checkpoint_folder(folder, step)
     made.mkdir()
     for name in FILES:

@@ -457,7 +457,9 @@ def test_plan_that_cannot_be_read(
             run(tmp_path)
     damage(tmp_path / "checkpoints/plan.json")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(RunError, match=rf"plan\.json: is missing or torn.* Delete {tmp_path} to begin"):
+    with pytest.raises(
+        RunError, match=rf"plan\.json: is missing or torn.* Delete {tmp_path} to begin"
+    ):
         run(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 

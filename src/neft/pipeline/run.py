@@ -60,7 +60,7 @@ def train(
         The adapter or model in ``folder``.
     """
     folder = folder.expanduser().resolve()
-    _run_alone(training_stage(folder.name, recipe, neurons), folder, overwrite=overwrite, say=say)
+    _run_alone(training_stage(recipe, neurons), folder, overwrite=overwrite, say=say)
     return trained_artifact(folder)
 
 
@@ -69,7 +69,7 @@ def evaluate(
 ) -> Evaluation:
     """Only evaluate the recipe's model, with or without an adapter; errors as in ``run``."""
     folder = folder.expanduser().resolve()
-    _run_alone(evaluation_stage(folder.name, recipe, adapter), folder, overwrite=overwrite, say=say)
+    _run_alone(evaluation_stage(recipe, adapter), folder, overwrite=overwrite, say=say)
     return read_evaluation(folder)
 
 

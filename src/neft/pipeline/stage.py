@@ -15,7 +15,7 @@ class Stage:
     """One step of a run: reads the folders of earlier stages, and fills one of its own."""
 
     name: str
-    """Also the name of its folder."""
+    """In a run, also the name of its folder."""
     version: int
     """Raised whenever the code gives another result for the same ingredients."""
     ingredients: Mapping[str, Any]

@@ -81,7 +81,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     return [_made(name, recipe, content) for name in stage_names(recipe)]
 
 
-def training_stage(name: str, recipe: Recipe, neurons: Path | None) -> Stage:
+def training_stage(recipe: Recipe, neurons: Path | None) -> Stage:
     """Training alone, with the neurons of a file."""
     content = _Content(recipe)
     ingredients = content.training
@@ -91,11 +91,12 @@ def training_stage(name: str, recipe: Recipe, neurons: Path | None) -> Stage:
     def run(working: Path, _inputs: _Folders) -> None:
         carry_out(Task("train", recipe, working, neurons))
 
-    stage = Stage(name, 1, ingredients, (), run, resumable=True)
+    # Whatever the folder is called: it may be renamed.
+    stage = Stage("train", 1, ingredients, (), run, resumable=True)
     return replace(stage, on_shortage=partial(_explain, recipe, "train"))
 
 
-def evaluation_stage(name: str, recipe: Recipe, adapter: Path | None) -> Stage:
+def evaluation_stage(recipe: Recipe, adapter: Path | None) -> Stage:
     """Evaluation alone, of the recipe's model with or without an adapter."""
     content = _Content(recipe)
     ingredients = content.model | content.testing
@@ -107,7 +108,7 @@ def evaluation_stage(name: str, recipe: Recipe, adapter: Path | None) -> Stage:
         model = load_model(recipe.model)
         evaluate(model if adapter is None else load_adapter(model, adapter), recipe, working)
 
-    stage = Stage(name, 1, ingredients, (), run)
+    stage = Stage("evaluate", 1, ingredients, (), run)
     return replace(stage, on_shortage=partial(_explain, recipe, "evaluate"))
 
 

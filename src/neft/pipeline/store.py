@@ -176,7 +176,9 @@ class StageFolder:
             record,
             seconds=round(seconds, 3),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            files={name: size for name, size in file_sizes(self.working).items() if name != STARTED},
+            files={
+                name: size for name, size in file_sizes(self.working).items() if name != STARTED
+            },
             packages=package_versions(),
             machine=machine(),
             commit=source_commit(),

@@ -284,8 +284,8 @@ def _noted(key: str, file: Path, run: _Run) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{file}: is missing or torn, or another version of neft wrote it, so this training cannot go "
-            f"on. Delete {run.folder} to begin anew."
+            f"{file}: is missing or torn, or another version of neft wrote it, so this training cannot "
+            f"go on. Delete {run.folder} to begin anew."
         ) from error
     return found
 

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from training_runs import Killed, Run, assert_same, assert_same_weights, kill, kill_at, weights_in
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
+from neft import processes
 from neft.errors import DataError, NeuronError, RunError, UsageError
 from neft.models import load_model, load_tokenizer
 from neft.neurons import NeuronSet
@@ -577,6 +578,50 @@ def test_signal_leaves_a_checkpoint(
     assert last is not None
     assert last.name == "checkpoint-3"
     assert_same(run(tmp_path), reference("full"))
+
+
+@pytest.mark.parametrize(("step", "last"), [(2, 3), (7, 7)])
+def test_signal_during_an_evaluation(
+    step: int,
+    last: int,
+    run: Run,
+    reference: Callable[[str], TrainingResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluate = TargetTrainer.evaluate
+
+    def interrupted(self: Any, **kwargs: Any) -> dict[str, float]:
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TargetTrainer, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    found = resume.last_checkpoint(tmp_path / "checkpoints")
+    assert found == tmp_path / "checkpoints" / f"checkpoint-{last}"
+    assert_same(run(tmp_path), reference("full"))
+
+
+def test_processes_stop_at_the_same_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that one of them gets before a save, and another after it."""
+    stops = [callbacks.StopOnSignal(), callbacks.StopOnSignal()]
+    monkeypatch.setattr(processes, "any_process", lambda _: any(stop.stopped for stop in stops))
+
+    def saved() -> list[bool]:
+        controls = [TrainerControl(), TrainerControl()]
+        for stop, control in zip(stops, controls, strict=True):
+            stop.on_step_end(None, None, control)
+        # To the second process, in the evaluation between.
+        stops[1].stopped = True
+        for stop, control in zip(stops, controls, strict=True):
+            stop.on_save(None, None, control)
+        return [control.should_training_stop for control in controls]
+
+    assert saved() == [False, False]
+    assert saved() == [True, True]
 
 
 def test_second_signal_stops_at_once() -> None:

@@ -340,7 +340,7 @@ def _train(run: _Run, last: Path | None) -> None:
         for callback in (SealCheckpoints(folders), MeasureSteps(), stop, shown):
             trainer.add_callback(callback)
         _take_steps(trainer, run.options, last)
-    if stop.stopped:
+    if processes.any_process(stop.stopped):
         raise KeyboardInterrupt
 
 

@@ -131,10 +131,12 @@ class StageFolder:
         """The record of an interrupted attempt, if there is one."""
         return _read_record(self.working / STARTED)
 
-    def has_progress(self) -> bool:
-        """Whether an interrupted attempt left more than its record."""
-        return self.working.is_dir() and any(
-            entry.name != STARTED for entry in self.working.iterdir()
+    def has_progress(self, stage: Stage) -> bool:
+        """Whether an interrupted attempt left something to continue from."""
+        return any(
+            file.name != STARTED
+            for pattern in stage.resumes_from
+            for file in self.working.glob(pattern)
         )
 
     def state(self) -> State:

@@ -18,11 +18,14 @@ from neft.files import changed_files, file_sizes, follow_umask, sync, write_json
 
 _log = logging.getLogger(__name__)
 
-_MARKER = "complete.json"
+MARKER = "complete.json"
+"""Comes into a checkpoint last."""
+CHECKPOINTS = "checkpoints"
+"""Holds them, in the folder of a run."""
 _STATE = "trainer_state.json"
 # What serves a resumed run alone; the rest of a checkpoint is the model or adapter.
 _TRAINER_FILES = (
-    _MARKER,
+    MARKER,
     _STATE,
     "training_args.bin",
     "optimizer*.pt",
@@ -43,7 +46,7 @@ def seal(checkpoint: Path) -> None:
     """Mark a checkpoint as whole, after forcing its files to the disk."""
     for path in (checkpoint, *checkpoint.rglob("*")):
         sync(path)
-    write_json(checkpoint / _MARKER, file_sizes(checkpoint))
+    write_json(checkpoint / MARKER, file_sizes(checkpoint))
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -58,7 +61,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
 def _is_whole(checkpoint: Path, *, without_trainer: bool = False) -> bool:
     try:
-        sizes = json.loads((checkpoint / _MARKER).read_text(encoding="utf-8"))
+        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     changed = changed_files(checkpoint, sizes)
@@ -118,7 +121,7 @@ def discard_torn(checkpoints: Path) -> None:
         if folder in needed:
             continue
         is_later = last is None or _step(folder) > _step(last)
-        if is_later and (folder / _MARKER).is_file():
+        if is_later and (folder / MARKER).is_file():
             _log.warning(
                 "%s: deleted, as files of it or of the best checkpoint before it were damaged; training "
                 "goes on from %s.",
@@ -135,10 +138,10 @@ def discard_superseded(checkpoints: Path, best: int | None, last: int) -> None:
             continue
         if _step(folder) == best:
             for file in folder.iterdir():
-                if _is_trainer_file(file) and file.name != _MARKER:
+                if _is_trainer_file(file) and file.name != MARKER:
                     file.unlink()
         else:
-            (folder / _MARKER).unlink(missing_ok=True)
+            (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)
 
 

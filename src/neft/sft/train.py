@@ -46,6 +46,7 @@ from neft.sft.in_backward import StepInBackward
 from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.prompts import Encoded, load_encoded
 from neft.sft.resume import (
+    CHECKPOINTS,
     checkpoint_folder,
     discard_torn,
     last_checkpoint,
@@ -116,7 +117,7 @@ class _Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def plan(self) -> Path:

@@ -59,9 +59,8 @@ def checked_text(value: Any, where: str) -> str:
         raise DataError(f"{where} is empty.")
     if surrogate := _SURROGATE.search(value):
         raise DataError(
-            f"{where} holds half a character ({surrogate[0]!r}, at position {surrogate.start() + 1}), which "
-            "no UTF-8 text can: it was cut in the middle of an emoji or the like. Remove it, or cut the "
-            "text elsewhere."
+            f"{where} holds half a character ({surrogate[0]!r}, at position {surrogate.start() + 1}): "
+            "the text was cut in the middle of an emoji or the like. Remove it, or cut elsewhere."
         )
     return value
 

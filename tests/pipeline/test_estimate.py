@@ -83,6 +83,44 @@ def test_every_warmup_is_estimated(method: str, recipe: Recipe) -> None:
         assert stages["warmup"].peak_bytes < full["warmup"].peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_batches", "width"),
+    [
+        ({"steps": 100, "gradient_accumulation": 2}, 200, 2),
+        ({"steps": 127}, 127, 1),
+        ({"steps": 128}, 128, 2),
+        # 16 rows, 3 a batch: 6 batches an epoch.
+        ({"steps": None, "epochs": 2.0, "batch_size": 3, "gradient_accumulation": 2}, 12, 1),
+        ({"steps": 2**14, "gradient_accumulation": 2}, 2**15, 4),
+    ],
+)
+def test_sums_of_signs_are_as_wide_as_their_batches_need(
+    changes: dict[str, Any], num_batches: int, width: int, recipe: Recipe
+) -> None:
+    assert recipe.warmup is not None
+    changes |= {"method": "gradient", "snapshots": ()}
+    options = recipe.warmup.model_copy(update=changes)
+    stage = Estimator(recipe.model_copy(update={"warmup": options})).stage("warmup")
+    assert stage.num_steps == num_batches
+    # Up and down in two layers.
+    assert stage.kept_bytes == width * 4 * 256 * 512
+
+
+@pytest.mark.parametrize(("steps", "num_batches"), [(100, 200), (None, None)])
+def test_signs_of_batches_that_cannot_be_known(
+    steps: int | None, num_batches: int | None, recipe: Recipe
+) -> None:
+    assert recipe.warmup is not None
+    epochs = None if steps else 1.0
+    changes = {"method": "gradient", "steps": steps, "epochs": epochs, "gradient_accumulation": 2}
+    options = recipe.warmup.model_copy(update=changes | {"snapshots": ()})
+    data = recipe.data.model_copy(update={"train": "elsewhere.jsonl"})
+    changed = recipe.model_copy(update={"warmup": options, "data": data})
+    stage = Estimator(changed).stage("warmup")
+    assert stage.num_steps == num_batches
+    assert stage.kept_bytes == 2 * 4 * 256 * 512
+
+
 def test_calibration_takes_the_steps_of_training(recipe: Recipe) -> None:
     found = {stage.stage: stage for stage in estimate(recipe)}
     for name in ("warmup", "train"):

@@ -304,14 +304,14 @@ class Estimator:
             memory = self._forward(texts.worst)
         else:
             scalars = [math.prod(p.weight_shape) for p in projections]
-            sums = sum(scalars) * (1 if (texts.num_steps or 0) <= 127 else 2)
+            sums = sum(scalars) * _sign_width(texts.num_batches)
             memory = self._backward(options, texts.worst, max(scalars))
         memory = replace(memory, optimizer=sums, peak=memory.peak + sums)
         return self._finished(
             "warmup",
             options.method,
             memory,
-            num_steps=texts.num_steps,
+            num_steps=texts.num_batches,
             longest_text=texts.worst.length,
             disk_bytes=2 * sums,
             kept_bytes=sums,
@@ -444,6 +444,13 @@ class Estimator:
         return _Texts(recipe.model, data, options, seed, is_here=self.is_here)
 
 
+def _sign_width(num_batches: int | None) -> int:
+    """Bytes of a sum of signs over so many batches; of one that cannot be known, two."""
+    if num_batches is None:
+        return 2
+    return 1 if num_batches < 2**7 else 2 if num_batches < 2**15 else 4
+
+
 _ESTIMATED = ("baseline", "warmup", "score", "train", "evaluate")
 
 
@@ -508,6 +515,14 @@ class _Texts:
         examples = options.batch_size * options.gradient_accumulation
         assert options.epochs is not None
         return math.ceil(options.epochs * math.ceil(len(self.encoded) / examples))
+
+    @property
+    def num_batches(self) -> int | None:
+        """That are read where nothing is trained; ``None`` likewise."""
+        if self.encoded is not None:
+            return len(self.batches)
+        steps, together = self._options.steps, self._options.gradient_accumulation
+        return None if steps is None else steps * together
 
     @property
     def assumed(self) -> str | None:

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import MambaConfig
 
 from neft.comparison.estimate import estimate_rows
 from neft.comparison.outline import outline
 from neft.comparison.schema import load_comparison
+from neft.errors import ArchitectureError
 from neft.memory import available_memory
 from neft.pipeline.estimate import Estimator, estimate
 from neft.pipeline.run import run
+from neft.projections import as_module
 from neft.recipe import Recipe, load_recipe
 from neft.sft import callbacks
 
@@ -169,6 +172,15 @@ def test_calibration_of_fewer_batches_than_a_step_accumulates(recipe: Recipe) ->
     assert len(sample) == 5 * 5 * 8
 
 
+def test_a_model_without_attention_is_weighed_but_not_estimated(recipe: Recipe) -> None:
+    network = as_module(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    train = recipe.train.model_copy(update={"method": "full"})
+    estimator = Estimator(recipe.model_copy(update={"train": train}), network)
+    assert estimator.held_bytes == 16 * sum(p.numel() for p in network.parameters())
+    with pytest.raises(ArchitectureError, match=r"MambaForCausalLM: .* names no attention heads"):
+        estimator.stage("train")
+
+
 def test_comparison_without_weights() -> None:
     comparison = load_comparison(PAPER)
     rows = estimate_rows(comparison)
@@ -177,6 +189,8 @@ def test_comparison_without_weights() -> None:
     assert [(row.task, row.row) for row in trained] == [(row.task, row.name) for row in outlined]
     for row, known in zip(trained, outlined, strict=True):
         assert row.estimate.num_trainable == known.num_trainable
+        parts = row.estimate.memory
+        assert known.num_bytes == parts.weights + parts.vectors + parts.gradients + parts.optimizer
         # What the outline leaves out comes on top; gradients need not meet activations.
         assert row.estimate.peak_bytes > 0.9 * known.num_bytes
         assert row.estimate.process_bytes == 0

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neft.errors import RunError, UsageError
+from neft.errors import ArchitectureError, RunError, UsageError
 from neft.memory import available_memory, release_free_memory, resident_memory
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.pipeline.stages import needs_neurons, stage_names
@@ -28,8 +28,8 @@ from neft.recipe import (
     TrainingSection,
     WarmupSection,
 )
-from neft.sft.counting import WIDTHS
 from neft.sft.footprint import (
+    WIDTHS,
     Batch,
     Footprint,
     Shape,
@@ -37,6 +37,7 @@ from neft.sft.footprint import (
     activations,
     footprint,
     frozen_weights,
+    held_bytes,
     loss_bytes,
     trained_tensors,
     vectors_bytes,
@@ -140,6 +141,11 @@ class Estimator:
         """What is estimated."""
         return self._recipe
 
+    @property
+    def held_bytes(self) -> int:
+        """What the stage ``train`` holds from step to step; activations come on top."""
+        return held_bytes(self._shape, self.trained)
+
     def with_recipe(self, recipe: Recipe) -> Estimator:
         """The same for another recipe of the same model."""
         return Estimator(recipe, self._network, self._process_bytes)
@@ -155,7 +161,17 @@ class Estimator:
             yield self.stage(name, calibrate=calibrate)
 
     def stage(self, name: str, *, calibrate: bool = False) -> StageEstimate:
-        """One of the stages ``baseline``, ``warmup``, ``score``, ``train`` and ``evaluate``."""
+        """One of the stages ``baseline``, ``warmup``, ``score``, ``train`` and ``evaluate``.
+
+        Raises:
+            ArchitectureError: a model without attention.
+            UsageError: data or a budget that cannot be used.
+        """
+        if not self._shape.num_heads:
+            raise ArchitectureError(
+                f"{type(self._network).__name__}: its configuration names no attention heads; what other "
+                "layers keep cannot be estimated."
+            )
         options = self._recipe.warmup
         if name == "train":
             return self._training(name, self._recipe.train, self.trained, calibrate)
@@ -216,14 +232,13 @@ class Estimator:
     ) -> StageEstimate:
         texts = self._texts(stage, options)
         memory = footprint(self._shape, trained, texts.worst, on_cpu=self._on_cpu)
-        neurons = trained.neurons
         result = self._result_bytes(trained)
         num_steps = texts.num_steps
         found = self._finished(
             stage,
             trained.method,
             memory,
-            num_trainable=trained.num_scalars if neurons is None else neurons.num_parameters,
+            num_trainable=trained.num_trainable,
             num_steps=num_steps,
             longest_text=texts.worst.length,
             disk_bytes=self._checkpoints_bytes(trained, result, num_steps),

@@ -78,7 +78,7 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
         UsageError: a machine, a model or a budget with which the method cannot be carried out.
     """
     from neft.checkpoints import open_weights
-    from neft.sft.counting import num_trainable
+    from neft.sft.footprint import Trained, trained_tensors
     from neft.sft.train import check_machine
 
     check_quantization(recipe.model)
@@ -93,18 +93,18 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
     if find_method(recipe.train.method).needs_neurons:
         assert recipe.select is not None
         candidates = unscored(network, recipe)
-        chosen = choose(candidates, recipe.select, model_identity(recipe.model))
-        neurons = chosen.num_parameters
+        neurons = choose(candidates, recipe.select, model_identity(recipe.model))
         # Chosen by their scores, neurons may overlap otherwise with the sets that are joined to them.
         summary["neurons"] = {
             "num_projections": len(candidates.projections),
             "num_candidates": len(candidates),
-            "num_to_train": len(chosen),
+            "num_to_train": len(neurons),
         }
     train = recipe.train
-    if train.lora is not None:
-        train = train.model_copy(update={"lora": with_rank(train.lora, network, recipe)})
-    return summary | {"num_to_train": num_trainable(network, train, neurons)}
+    lora = train.lora and with_rank(train.lora, network, recipe)
+    tensors = trained_tensors(network, train.method, neurons, lora)
+    trained = Trained(train.method, recipe.model.dtype, train, tensors, neurons, lora)
+    return summary | {"num_to_train": trained.num_trainable}
 
 
 def _check_watching(recipe: Recipe, network: nn.Module) -> None:

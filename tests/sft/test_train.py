@@ -188,6 +188,28 @@ def test_loss_is_that_of_the_whole_projection(
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
+def test_dev_loss_of_many_tokens(
+    calm: ModelSection, data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums that float32 cannot hold."""
+    tokenizer = load_tokenizer(calm)
+    encoded = encode_all(load_examples(data, "dev"), tokenizer, data)
+    run = training._Run(
+        model=calm,
+        options=TrainingSection(learning_rate=1, steps=1, batch_size=6),
+        method="full",
+        folder=tmp_path,
+        tokenizer=tokenizer,
+        train=encoded,
+        dev=encoded,
+    )
+    trainer = training._trainer(run, load_model(calm))
+    total = torch.tensor(2**24 + 1, dtype=torch.float64)
+    monkeypatch.setattr(trainer, "compute_loss", lambda *_, **__: total)
+    num_targets = sum(label != -100 for labels in encoded.labels for label in labels)
+    assert trainer.evaluate()["eval_loss"] == total.item() / num_targets
+
+
 def test_run_is_a_plain_loop(calm: ModelSection, data: DataSection, tmp_path: Path) -> None:
     """AdamW with decay of matrices only, clipping, and a linear schedule, written out."""
     steps, warmup, rate, decay, norm = 6, 2, 1e-2, 0.5, 0.05

@@ -101,7 +101,7 @@ def _checkpoint_layers(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             # The model's own switch works in training mode alone, which turns dropout on.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def read_measured(warmup: Path) -> Sums:

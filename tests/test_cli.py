@@ -498,7 +498,10 @@ def test_train_alone(finished, tmp_path) -> None:
     expected = (folder / "run" / "train" / weights).read_bytes()
     assert (tmp_path / "mine" / weights).read_bytes() == expected
     assert result.stdout.splitlines() == [str(tmp_path / "mine" / "adapter")]
-    assert "mine: already done" in call(*arguments).stderr
+    assert "train: already done" in call(*arguments).stderr
+    (tmp_path / "mine").rename(tmp_path / "renamed")
+    renamed = call(*arguments[:-1], tmp_path / "renamed")
+    assert "train: already done" in renamed.stderr
 
 
 def test_train_refuses_neurons_of_another_model(finished, scores, tmp_path) -> None:
@@ -536,6 +539,9 @@ def test_evaluate_alone(finished, tmp_path) -> None:
     shown = call("evaluate", recipe, "-o", tmp_path / "base").stdout
     assert "BLEU" in shown
     assert str(tmp_path / "base" / "predictions.jsonl") in shown
+    (tmp_path / "base").rename(tmp_path / "renamed")
+    again = call("evaluate", recipe, "-o", tmp_path / "renamed")
+    assert "evaluate: already done" in again.stderr
 
 
 def test_evaluate_other_data(finished, tmp_path) -> None:

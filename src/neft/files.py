@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -76,6 +76,21 @@ def replaced_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(final.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file, by its path relative to ``folder``."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def changed_files(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """Those of ``sizes`` that have gone from ``folder`` or have another size now."""
+    return [
+        name
+        for name, size in sizes.items()
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size
+    ]
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

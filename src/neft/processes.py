@@ -154,6 +154,15 @@ def wait_for_all() -> None:
     any_process(False)
 
 
+def sum_over_all(values: torch.Tensor) -> torch.Tensor:
+    """Add up the values of all processes of the group, all of which must come here; on the CPU."""
+    from torch import distributed
+
+    if in_group():
+        distributed.all_reduce(values)
+    return values
+
+
 def any_process(condition: bool) -> bool:
     """Whether ``condition`` holds in any process of the group; all of them must ask."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -91,13 +92,39 @@ def test_batches_are_the_same_whatever_the_order(model, tokenizer, prompts) -> N
     assert [batch.shape[1] for batch in seen[0]] == [12, 5, 1]
 
 
-def test_checkpoint_cannot_turn_on_sampling_or_penalties(model, tokenizer, prompts) -> None:
+HABITS = [
+    {"do_sample": True, "temperature": 3.0, "top_k": 7},
+    {"repetition_penalty": 5.0, "num_beams": 3},
+    {"min_new_tokens": 8},
+    {"guidance_scale": 3.0},
+    {"encoder_repetition_penalty": 1.5},
+    {"forced_eos_token_id": 50},
+    {"sequence_bias": [[[33], 50.0]]},
+    {"suppress_tokens": list(range(20, 60))},
+    {"exponential_decay_length_penalty": [1, 5.0]},
+    {"stop_strings": ["a", "e"]},
+    {"max_time": 0.0},
+]
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_checkpoint_has_no_say_in_how_texts_are_generated(
+    with_adapter, model, tokenizer, prompts
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
     section = EvaluateSection(batch_size=4, max_new_tokens=10)
-    expected = generate(model, tokenizer, prompts, section, progress=False)
-    habits = model.generation_config
-    habits.do_sample, habits.temperature, habits.top_k = True, 3.0, 7
-    habits.repetition_penalty, habits.num_beams = 5.0, 3
-    assert generate(model, tokenizer, prompts, section, progress=False) == expected
+    subject = model
+    if with_adapter:
+        subject = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
+    expected = generate(subject, tokenizer, prompts, section, progress=False)
+    plain = copy.deepcopy(model.generation_config)
+    for habits in HABITS:
+        model.generation_config = copy.deepcopy(plain)
+        model.generation_config.update(**habits)
+        own = model.generation_config.to_dict()
+        assert generate(subject, tokenizer, prompts, section, progress=False) == expected, habits
+        assert model.generation_config.to_dict() == own
 
 
 def test_every_end_token_ends_a_text(model, tokenizer, prompts) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import MambaConfig
 
 from neft.comparison.estimate import estimate_rows
 from neft.comparison.outline import outline
 from neft.comparison.schema import load_comparison
+from neft.errors import ArchitectureError
 from neft.memory import available_memory
 from neft.pipeline.estimate import Estimator, estimate
 from neft.pipeline.run import run
+from neft.projections import as_module
 from neft.recipe import Recipe, load_recipe
 from neft.sft import callbacks
 
@@ -83,6 +86,44 @@ def test_every_warmup_is_estimated(method: str, recipe: Recipe) -> None:
         assert stages["warmup"].peak_bytes < full["warmup"].peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_batches", "width"),
+    [
+        ({"steps": 100, "gradient_accumulation": 2}, 200, 2),
+        ({"steps": 127}, 127, 1),
+        ({"steps": 128}, 128, 2),
+        # 16 rows, 3 a batch: 6 batches an epoch.
+        ({"steps": None, "epochs": 2.0, "batch_size": 3, "gradient_accumulation": 2}, 12, 1),
+        ({"steps": 2**14, "gradient_accumulation": 2}, 2**15, 4),
+    ],
+)
+def test_sums_of_signs_are_as_wide_as_their_batches_need(
+    changes: dict[str, Any], num_batches: int, width: int, recipe: Recipe
+) -> None:
+    assert recipe.warmup is not None
+    changes |= {"method": "gradient", "snapshots": ()}
+    options = recipe.warmup.model_copy(update=changes)
+    stage = Estimator(recipe.model_copy(update={"warmup": options})).stage("warmup")
+    assert stage.num_steps == num_batches
+    # Up and down in two layers.
+    assert stage.kept_bytes == width * 4 * 256 * 512
+
+
+@pytest.mark.parametrize(("steps", "num_batches"), [(100, 200), (None, None)])
+def test_signs_of_batches_that_cannot_be_known(
+    steps: int | None, num_batches: int | None, recipe: Recipe
+) -> None:
+    assert recipe.warmup is not None
+    epochs = None if steps else 1.0
+    changes = {"method": "gradient", "steps": steps, "epochs": epochs, "gradient_accumulation": 2}
+    options = recipe.warmup.model_copy(update=changes | {"snapshots": ()})
+    data = recipe.data.model_copy(update={"train": "elsewhere.jsonl"})
+    changed = recipe.model_copy(update={"warmup": options, "data": data})
+    stage = Estimator(changed).stage("warmup")
+    assert stage.num_steps == num_batches
+    assert stage.kept_bytes == 2 * 4 * 256 * 512
+
+
 def test_calibration_takes_the_steps_of_training(recipe: Recipe) -> None:
     found = {stage.stage: stage for stage in estimate(recipe)}
     for name in ("warmup", "train"):
@@ -131,6 +172,15 @@ def test_calibration_of_fewer_batches_than_a_step_accumulates(recipe: Recipe) ->
     assert len(sample) == 5 * 5 * 8
 
 
+def test_a_model_without_attention_is_weighed_but_not_estimated(recipe: Recipe) -> None:
+    network = as_module(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    train = recipe.train.model_copy(update={"method": "full"})
+    estimator = Estimator(recipe.model_copy(update={"train": train}), network)
+    assert estimator.held_bytes == 16 * sum(p.numel() for p in network.parameters())
+    with pytest.raises(ArchitectureError, match=r"MambaForCausalLM: .* names no attention heads"):
+        estimator.stage("train")
+
+
 def test_comparison_without_weights() -> None:
     comparison = load_comparison(PAPER)
     rows = estimate_rows(comparison)
@@ -139,6 +189,8 @@ def test_comparison_without_weights() -> None:
     assert [(row.task, row.row) for row in trained] == [(row.task, row.name) for row in outlined]
     for row, known in zip(trained, outlined, strict=True):
         assert row.estimate.num_trainable == known.num_trainable
+        parts = row.estimate.memory
+        assert known.num_bytes == parts.weights + parts.vectors + parts.gradients + parts.optimizer
         # What the outline leaves out comes on top; gradients need not meet activations.
         assert row.estimate.peak_bytes > 0.9 * known.num_bytes
         assert row.estimate.process_bytes == 0

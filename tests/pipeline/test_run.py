@@ -60,7 +60,7 @@ def stages(
 
     return [
         Stage("write", 1, {"write.text": text}, (), write),
-        Stage("copy", 1, {"copy.steps": num_steps}, ("write",), copy, resumable=True),
+        Stage("copy", 1, {"copy.steps": num_steps}, ("write",), copy, resumes_from=("steps",)),
         Stage("count", 1, {"count.label": label}, ("copy",), count, derived=True),
     ]
 
@@ -267,7 +267,7 @@ def test_old_results_stay_until_new_ones_are_finished(output) -> None:
     def fail(working: Path, _inputs: Mapping[str, Path]) -> None:
         raise RunError("no space left")
 
-    broken[1] = Stage("copy", 1, {"copy.steps": 2}, ("write",), fail, resumable=True)
+    broken[1] = Stage("copy", 1, {"copy.steps": 2}, ("write",), fail, resumes_from=("steps",))
     with pytest.raises(RunError):
         run_into(output, broken, overwrite=True)
     assert results(output).items() >= RESULTS.items()
@@ -378,8 +378,9 @@ def test_failed_training_goes_on_where_it_was(output) -> None:
 def test_interrupted_work_of_another_recipe_is_kept(output) -> None:
     kill(start(output, "copy:2"))
     before = results(output)
-    with pytest.raises(UsageError, match=r"copy\.steps is 4 there, 3 in this recipe"):
+    with pytest.raises(UsageError, match=r"copy\.steps is 4 there, 3 in this recipe") as caught:
         run(output, num_steps=3)
+    assert str(caught.value).splitlines()[1] == f"  {output / '.copy.partial'}"
     assert results(output) == before
     run(output, num_steps=3, overwrite=True)
     assert (output / "copy" / "steps").read_text() == "012"

@@ -46,7 +46,7 @@ def test_fingerprint_follows_the_stages_it_reads() -> None:
 
 def test_fingerprint_does_not_change_otherwise() -> None:
     reordered = dict(reversed(STAGE.ingredients.items()))
-    same = replace(STAGE, ingredients=reordered, run=print, resumable=True, derived=True)
+    same = replace(STAGE, ingredients=reordered, run=print, resumes_from=("*",), derived=True)
     assert same.fingerprint(INPUTS) == STAGE.fingerprint(INPUTS)
     # Recorded folders outlive releases: this value may change only together with their format.
     assert STAGE.fingerprint(INPUTS).startswith("0be52685d037")

@@ -87,7 +87,10 @@ def test_gradient_is_that_of_the_warmups_batches(recipe: Path) -> None:
     assert record["examples"]["used"] == 16
 
 
-def test_gradient_with_checkpointing_is_the_same(recipe: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_gradient_with_checkpointing_is_the_same(recipe: Path, model_type: str, tiny_model) -> None:
+    # Two of them have dropout by default.
+    tiny_model(model_type).save_pretrained(recipe.parent / "model")
     plain = loaded(recipe, "warmup.method=gradient")
     lean = loaded(
         recipe,
@@ -98,6 +101,21 @@ def test_gradient_with_checkpointing_is_the_same(recipe: Path) -> None:
     quietly(plain)
     quietly(lean)
     assert equal(scores_of(plain), scores_of(lean))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_checkpointed_layers_are_computed_again(model_type: str, tiny_model) -> None:
+    model = tiny_model(model_type)
+    measuring._checkpoint_layers(model)
+    read: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm) or name.endswith("norm"):
+            module.register_forward_hook(lambda *_, name=name: read.append(name))
+    loss = model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]]), use_cache=False).loss
+    num_forward = len(read)
+    loss.backward()
+    # The last norm is of no layer.
+    assert sorted(read[num_forward:]) == sorted(read[: num_forward - 1])
 
 
 def test_activation_is_that_of_the_warmups_texts(recipe: Path) -> None:

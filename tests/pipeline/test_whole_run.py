@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from neft.errors import RunError
+from neft.errors import DivergenceError, RunError
 from neft.neurons import NeuronSet
 from neft.pipeline.evaluate import read_predictions
 from neft.pipeline.results import Results
@@ -199,6 +199,20 @@ def test_killed_run_ends_like_an_unbroken_one(unbroken, tiny_recipe, tmp_path) -
     )
     assert results.trained == expected.trained
     assert results.best_dev_loss == expected.best_dev_loss
+
+
+def test_a_training_that_broke_down_at_once_is_in_nobodys_way(tiny_recipe, tmp_path) -> None:
+    path = tiny_recipe(tmp_path, **{"train.method": "in_out", "train.learning_rate": 1e30})
+    with pytest.raises(DivergenceError, match="Lower the learning rate"):
+        quietly(path)
+    assert states(tmp_path / "run")["train"] == "missing"
+    # The same if it was killed before its first checkpoint.
+    leftover = tmp_path / "run" / ".train.partial"
+    (leftover / "checkpoints").mkdir(parents=True)
+    (leftover / "checkpoints" / "plan.json").write_text("{}")
+    started = json.loads((tmp_path / "run" / "baseline" / "stage.json").read_text())
+    (leftover / "started.json").write_text(json.dumps(started | {"stage": "train"}))
+    quietly(path, "train.learning_rate=1e-3")
 
 
 def test_full_fine_tuning_needs_no_neurons(tiny_recipe, tmp_path) -> None:

@@ -182,6 +182,11 @@ def test_faulty_rows(rows: list[Any], fault: str, tmp_path: Path) -> None:
             "line 3: malformed JSON",
         ),
         ("rows.jsonl", b'{"source": "\xff"}\n', "line 1: not UTF-8"),
+        (
+            "rows.jsonl",
+            b'{"source": "a", "target": "b"}\n{"source": "a", "target": "b \\ud83d"}\n',
+            r"line 2: field 'target' holds half a character \('\\ud83d', at position 3\)",
+        ),
         ("rows.csv", b"source,target\na,b\nc\n", "line 3: 1 cells, but the header has 2 columns"),
         ("rows.csv", b'source,target\n"a\nb",c\nd,"e\n', "line 4: malformed row"),
         ("rows.csv", b"source,source\na,b\n", "line 1: a column name occurs twice"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from training_runs import Run
-from transformers import TrainerCallback
+from transformers import LlamaConfig, TrainerCallback
 
 from neft.neurons import NeuronSet
 from neft.projections import as_module, find_projections
@@ -25,6 +25,7 @@ from neft.sft.footprint import (
     Trained,
     activations,
     footprint,
+    held_bytes,
     trained_tensors,
 )
 from neft.sft.loss import target_loss
@@ -200,10 +201,14 @@ def size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"),
+    [("float32", "adamw"), ("float32", "adafactor"), ("bfloat16", "adamw")],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_are_what_training_holds(
     method: str,
+    dtype: Any,
     optimizer: str,
     base: ModelSection,
     run: Run,
@@ -219,19 +224,49 @@ def test_parts_are_what_training_holds(
         return trainer
 
     monkeypatch.setattr(training, "_trainer", weighed)
-    run(tmp_path, method, steps=3, optimizer=optimizer)
+    model = base.model_copy(update={"dtype": dtype})
+    result = run(tmp_path, method, model=model, steps=3, optimizer=optimizer)
     network = as_module(base.path)
-    trained = what_trains(network, method, optimizer=optimizer)
+    trained = what_trains(network, method, dtype, optimizer=optimizer)
     if trained.neurons is not None:  # the run trains every third
         projections = find_projections(network)
         thirds = NeuronSet(projections, {p.name: range(0, p.num_neurons, 3) for p in projections})
         tensors = trained_tensors(network, method, thirds, None)
-        trained = Trained(method, "float32", trained.options, tensors, thirds)
+        trained = Trained(method, dtype, trained.options, tensors, thirds)
+    assert trained.num_trainable == result.num_trainable
     shape = Shape.of(network)
     found = footprint(shape, trained, batch_of(True)[1], on_cpu=False)
     masks = shape.num_parameters if method == "mask" else 0
-    assert (found.weights - masks, found.vectors) == (weigh.weights, weigh.vectors)
+    # Autocast's copies of the weights are gone when the optimizer steps.
+    is_cast = dtype == "bfloat16" and not METHODS[method].makes_adapter
+    copies = 2 * shape.num_parameters if is_cast else 0
+    assert (found.weights - masks - copies, found.vectors) == (weigh.weights, weigh.vectors)
     assert (found.gradients, trained.optimizer_states) == (weigh.gradients, weigh.states)
+    parts = (found.weights, found.vectors, found.gradients, trained.optimizer_states)
+    assert held_bytes(shape, trained) == sum(parts)
+
+
+def test_a_large_model() -> None:
+    """In bfloat16, at the paper's size; optimizer and freed gradients count too."""
+    network = as_module(LlamaConfig())  # its defaults are Llama-2-7B
+    shape, options = Shape.of(network), TrainingSection(learning_rate=1, steps=1)
+    whole, chosen = 6_738_415_616, 409_600_000
+    every = trained_tensors(network, "full", None, None)
+    of_lora = trained_tensors(network, "lora", None, LoraSection(rank=64))
+
+    def held(method: str, tensors: Any, **changes: Any) -> int:
+        section = options.model_copy(update=changes)
+        return held_bytes(shape, Trained(method, "bfloat16", section, tensors))
+
+    assert held("full", every) == 18 * whole
+    assert held("mask", every) == 19 * whole
+    assert held("neft", [(100_000, 4096)]) == 2 * whole + 18 * chosen
+    assert held("lora", of_lora) == 2 * whole + 16 * 159_907_840
+    head = 32_000 * 4096
+    assert held("full", every, in_backward=True) == 14 * whole + 8 * head
+    # A number for each row and column, of which there are few.
+    lean = held("full", every, in_backward=True, optimizer="adafactor")
+    assert 6 * whole + 8 * head < lean < 1.01 * (6 * whole + 8 * head)
 
 
 def test_the_worst_moment(tiny_config: TinyConfig) -> None:
@@ -271,4 +306,7 @@ def test_over_a_quantized_base(tiny_config: TinyConfig, method: str) -> None:
         rest = shape.num_parameters - sum(layers)
         assert found.weights == round(2 * rest + width * sum(layers)) + 2 * max(layers)
         assert found.vectors == 4 * trained.num_scalars
+        # One is dequantized at a time, for moments.
+        held = found.weights - 2 * max(layers) + found.vectors
+        assert held_bytes(shape, trained) == held + (4 + 8) * trained.num_scalars
         assert found.peak < footprint(shape, plain, batch, on_cpu=False).peak

@@ -22,7 +22,7 @@ from neft.neurons import NeuronSet
 from neft.projections import as_module, find_projections
 from neft.recipe import DataSection, LoraSection, ModelSection, TrainingSection, TrainSection
 from neft.sft import callbacks
-from neft.sft.counting import num_trainable
+from neft.sft.footprint import Trained, trained_tensors
 from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.train import train
 
@@ -100,12 +100,12 @@ def test_only_what_the_method_names_is_trained(
     lora = LoraSection(rank=4) if method == "lora" else None
     section = TrainSection(learning_rate=1, steps=1, method=method, lora=lora)
     network = open_weights(base.path).network
-    count = sum(
-        len(range(0, projection.num_neurons, 3)) * projection.vector_length
-        for projection in find_projections(base.path)
-    )
-    neurons_of = count if METHODS[method].needs_neurons else None
-    assert result.num_trainable == num_trainable(network, section, neurons_of)
+    projections = find_projections(base.path)
+    thirds = NeuronSet(projections, {p.name: range(0, p.num_neurons, 3) for p in projections})
+    neurons = thirds if METHODS[method].needs_neurons else None
+    tensors = trained_tensors(network, method, neurons, lora)
+    counted = Trained(method, "float32", section, tensors, neurons, lora)
+    assert result.num_trainable == counted.num_trainable
     if METHODS[method].makes_adapter:
         assert result.num_trainable == sum(t.numel() for t in weights_in(result.path).values())
 
@@ -228,12 +228,11 @@ class PackedEmbeddings(nn.Module):
 
 @pytest.mark.parametrize("network", [nn.Linear(2, 2), NoEmbeddings(), PackedEmbeddings()])
 def test_embed_needs_embeddings(network: Any) -> None:
-    section = TrainSection(learning_rate=1, steps=1, method="embed")
     fault = f"trains the input embeddings, but {type(network).__name__} has .* that can be trained"
     with pytest.raises(UsageError, match=fault):
         prepare(network, "embed")
     with pytest.raises(UsageError, match=fault):
-        num_trainable(network, section)
+        trained_tensors(network, "embed", None, None)
 
 
 def test_unknown_architecture_has_no_in_out() -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from training_runs import Killed, Run, assert_same, assert_same_weights, kill, kill_at, weights_in
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
+from neft import processes
 from neft.errors import DataError, NeuronError, RunError, UsageError
 from neft.models import load_model, load_tokenizer
 from neft.neurons import NeuronSet
@@ -184,6 +186,28 @@ def test_loss_is_that_of_the_whole_projection(
     torch.testing.assert_close(loss, expected)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def test_dev_loss_of_many_tokens(
+    calm: ModelSection, data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums that float32 cannot hold."""
+    tokenizer = load_tokenizer(calm)
+    encoded = encode_all(load_examples(data, "dev"), tokenizer, data)
+    run = training._Run(
+        model=calm,
+        options=TrainingSection(learning_rate=1, steps=1, batch_size=6),
+        method="full",
+        folder=tmp_path,
+        tokenizer=tokenizer,
+        train=encoded,
+        dev=encoded,
+    )
+    trainer = training._trainer(run, load_model(calm))
+    total = torch.tensor(2**24 + 1, dtype=torch.float64)
+    monkeypatch.setattr(trainer, "compute_loss", lambda *_, **__: total)
+    num_targets = sum(label != -100 for labels in encoded.labels for label in labels)
+    assert trainer.evaluate()["eval_loss"] == total.item() / num_targets
 
 
 def test_run_is_a_plain_loop(calm: ModelSection, data: DataSection, tmp_path: Path) -> None:
@@ -351,6 +375,17 @@ def kill_while_writing(trainer: Any, checkpoint: str) -> None:
     raise Killed
 
 
+def kill_while_deleting(folder: Any, *args: Any, **kwargs: Any) -> None:
+    """Leave of the checkpoints what is left when their markers happen to go last."""
+    if Path(folder).name != "checkpoints":
+        rmtree(folder, *args, **kwargs)
+        return
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name != "complete.json":
+            file.unlink()
+    raise Killed
+
+
 # What to replace, by what: the moment at which the run is killed.
 MOMENTS = {
     "before the first checkpoint": (callbacks.SealCheckpoints, "on_step_begin", kill_at(1)),
@@ -366,6 +401,7 @@ MOMENTS = {
     "while the result is published": (resume, "_link", kill),
     "before the record is written": (training, "write_json", None),
     "before the checkpoints go": (training.shutil, "rmtree", None),
+    "while the checkpoints go": (training.shutil, "rmtree", kill_while_deleting),
 }
 
 
@@ -403,6 +439,52 @@ def kill_for(original: Callable[..., Any], moment: str) -> Callable[..., Any]:
         return original(path, *args, **kwargs)
 
     return replacement
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_damaged_checkpoint_changes_nothing(
+    name: str,
+    run: Run,
+    reference: Callable[[str], TrainingResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.SealCheckpoints, "on_step_begin", kill_at(5))
+        with pytest.raises(Killed):
+            run(tmp_path)
+    (tmp_path / "checkpoints/checkpoint-4" / name).unlink()
+    assert_same(run(tmp_path), reference("full"))
+
+
+def without_crew(file: Path) -> None:
+    fields = json.loads(file.read_text())
+    del fields["crew"]
+    file.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda file: os.truncate(file, 100), without_crew],
+    ids=["missing", "torn", "of another version"],
+)
+def test_plan_that_cannot_be_read(
+    damage: Callable[[Path], None],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.SealCheckpoints, "on_step_begin", kill_at(5))
+        with pytest.raises(Killed):
+            run(tmp_path)
+    damage(tmp_path / "checkpoints/plan.json")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        RunError, match=rf"plan\.json: is missing or torn.* Delete {tmp_path} to begin"
+    ):
+        run(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_torn_checkpoint_leaves_nothing_in_the_result(
@@ -518,6 +600,50 @@ def test_signal_leaves_a_checkpoint(
     assert last is not None
     assert last.name == "checkpoint-3"
     assert_same(run(tmp_path), reference("full"))
+
+
+@pytest.mark.parametrize(("step", "last"), [(2, 3), (7, 7)])
+def test_signal_during_an_evaluation(
+    step: int,
+    last: int,
+    run: Run,
+    reference: Callable[[str], TrainingResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluate = TargetTrainer.evaluate
+
+    def interrupted(self: Any, **kwargs: Any) -> dict[str, float]:
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TargetTrainer, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    found = resume.last_checkpoint(tmp_path / "checkpoints")
+    assert found == tmp_path / "checkpoints" / f"checkpoint-{last}"
+    assert_same(run(tmp_path), reference("full"))
+
+
+def test_processes_stop_at_the_same_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that one of them gets before a save, and another after it."""
+    stops = [callbacks.StopOnSignal(), callbacks.StopOnSignal()]
+    monkeypatch.setattr(processes, "any_process", lambda _: any(stop.stopped for stop in stops))
+
+    def saved() -> list[bool]:
+        controls = [TrainerControl(), TrainerControl()]
+        for stop, control in zip(stops, controls, strict=True):
+            stop.on_step_end(None, None, control)
+        # To the second process, in the evaluation between.
+        stops[1].stopped = True
+        for stop, control in zip(stops, controls, strict=True):
+            stop.on_save(None, None, control)
+        return [control.should_training_stop for control in controls]
+
+    assert saved() == [False, False]
+    assert saved() == [True, True]
 
 
 def test_second_signal_stops_at_once() -> None:

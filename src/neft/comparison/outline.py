@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from neft.comparison.schema import Comparison, MethodEntry
-from neft.pipeline.estimate import network_of
-from neft.pipeline.selection import choose, unscored, with_rank
-from neft.pipeline.stages import needs_neurons
-from neft.sft.counting import memory_bytes, num_trainable
+from neft.pipeline.estimate import Estimator, network_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +23,7 @@ class Outline:
     percent: float
     """Of the model's parameters."""
     num_bytes: int
-    """Weights, gradients and optimizer states in training; activations come on top."""
+    """What training holds from step to step, as ``neft estimate`` counts it; activations come on top."""
     num_runs: int
     """Training runs: one for each rate of the grid, and for each further seed."""
     note: str
@@ -49,19 +46,16 @@ def outline(comparison: Comparison) -> list[Outline]:
 
 def _outline(comparison: Comparison, network: nn.Module, task: str, entry: MethodEntry) -> Outline:
     recipe = comparison.first_recipe(task, entry)
-    train, neurons, note = recipe.train, None, ""
-    if needs_neurons(recipe):
-        assert recipe.select is not None
-        chosen = choose(unscored(network, recipe), recipe.select)
-        neurons, note = chosen.num_parameters, f"{len(chosen):,} neurons"
+    estimator, note = Estimator(recipe, network), ""
+    trained = estimator.trained
+    if trained.neurons is not None:
+        note = f"{len(trained.neurons):,} neurons"
         if entry.union_with:
             note += ", joined with those of " + ", ".join(entry.union_with)
         if entry.intersection_with:
             note += ", as far as " + ", ".join(entry.intersection_with) + " chose them too"
-    if train.lora is not None:
-        lora = with_rank(train.lora, network, recipe)
-        train, note = train.model_copy(update={"lora": lora}), f"rank {lora.rank}"
-    trained = num_trainable(network, train, neurons)
+    if trained.lora is not None:
+        note = f"rank {trained.lora.rank}"
     tuned = 0 if entry.learning_rates is None else len(entry.learning_rates)
     # The first seed's run at the chosen rate is one of the trials.
     num_runs = tuned + len(comparison.seeds) - (tuned > 0)
@@ -70,9 +64,9 @@ def _outline(comparison: Comparison, network: nn.Module, task: str, entry: Metho
         task,
         entry.name,
         entry.method,
-        trained,
-        100 * trained / total,
-        memory_bytes(network, train, trained, recipe.model.dtype, recipe.model.quantization),
+        trained.num_trainable,
+        100 * trained.num_trainable / total,
+        estimator.held_bytes,
         num_runs,
         note,
         entry.learning_rates or (),

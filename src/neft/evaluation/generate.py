@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -56,11 +57,13 @@ def generate(
     texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
+    shown = track(batches, "Generating", console=console, transient=True, disable=hidden)
     try:
-        for batch in track(batches, "Generating", console=console, transient=True, disable=hidden):
-            generated = _continue([prompts[position] for position in batch], model, config)
-            for position, tokens in zip(batch, generated, strict=True):
-                texts[position] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        with _without_own_settings(model):
+            for batch in shown:
+                generated = _continue([prompts[position] for position in batch], model, config)
+                for position, tokens in zip(batch, generated, strict=True):
+                    texts[position] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     finally:
         model.train(was_training)
     return texts
@@ -106,17 +109,25 @@ def _generation_config(
         no_repeat_ngram_size=options.no_repeat_ngram_size,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=_end_tokens(model, tokenizer),
-        # What is left open here, a checkpoint's own generation_config.json fills in: some sample by
-        # default, some penalise repetition. Results must follow from the recipe alone.
-        do_sample=False,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        min_length=0,
-        repetition_penalty=1.0,
-        length_penalty=1.0,
-        early_stopping=False,
     )
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Let results follow from the recipe alone.
+
+    What a call leaves open, a checkpoint's own generation_config.json would fill in: some sample by
+    default, some penalise repetition.
+    """
+    from transformers import GenerationConfig
+
+    # An adapter hands on what it finds in the model below it.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neft.errors import RunError, UsageError
+from neft.errors import ArchitectureError, RunError, UsageError
 from neft.memory import available_memory, release_free_memory, resident_memory
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.pipeline.stages import needs_neurons, stage_names
@@ -28,8 +28,8 @@ from neft.recipe import (
     TrainingSection,
     WarmupSection,
 )
-from neft.sft.counting import WIDTHS
 from neft.sft.footprint import (
+    WIDTHS,
     Batch,
     Footprint,
     Shape,
@@ -37,6 +37,7 @@ from neft.sft.footprint import (
     activations,
     footprint,
     frozen_weights,
+    held_bytes,
     loss_bytes,
     trained_tensors,
     vectors_bytes,
@@ -140,6 +141,11 @@ class Estimator:
         """What is estimated."""
         return self._recipe
 
+    @property
+    def held_bytes(self) -> int:
+        """What the stage ``train`` holds from step to step; activations come on top."""
+        return held_bytes(self._shape, self.trained)
+
     def with_recipe(self, recipe: Recipe) -> Estimator:
         """The same for another recipe of the same model."""
         return Estimator(recipe, self._network, self._process_bytes)
@@ -155,7 +161,17 @@ class Estimator:
             yield self.stage(name, calibrate=calibrate)
 
     def stage(self, name: str, *, calibrate: bool = False) -> StageEstimate:
-        """One of the stages ``baseline``, ``warmup``, ``score``, ``train`` and ``evaluate``."""
+        """One of the stages ``baseline``, ``warmup``, ``score``, ``train`` and ``evaluate``.
+
+        Raises:
+            ArchitectureError: a model without attention.
+            UsageError: data or a budget that cannot be used.
+        """
+        if not self._shape.num_heads:
+            raise ArchitectureError(
+                f"{type(self._network).__name__}: its configuration names no attention heads; what other "
+                "layers keep cannot be estimated."
+            )
         options = self._recipe.warmup
         if name == "train":
             return self._training(name, self._recipe.train, self.trained, calibrate)
@@ -216,14 +232,13 @@ class Estimator:
     ) -> StageEstimate:
         texts = self._texts(stage, options)
         memory = footprint(self._shape, trained, texts.worst, on_cpu=self._on_cpu)
-        neurons = trained.neurons
         result = self._result_bytes(trained)
         num_steps = texts.num_steps
         found = self._finished(
             stage,
             trained.method,
             memory,
-            num_trainable=trained.num_scalars if neurons is None else neurons.num_parameters,
+            num_trainable=trained.num_trainable,
             num_steps=num_steps,
             longest_text=texts.worst.length,
             disk_bytes=self._checkpoints_bytes(trained, result, num_steps),
@@ -304,14 +319,14 @@ class Estimator:
             memory = self._forward(texts.worst)
         else:
             scalars = [math.prod(p.weight_shape) for p in projections]
-            sums = sum(scalars) * (1 if (texts.num_steps or 0) <= 127 else 2)
+            sums = sum(scalars) * _sign_width(texts.num_batches)
             memory = self._backward(options, texts.worst, max(scalars))
         memory = replace(memory, optimizer=sums, peak=memory.peak + sums)
         return self._finished(
             "warmup",
             options.method,
             memory,
-            num_steps=texts.num_steps,
+            num_steps=texts.num_batches,
             longest_text=texts.worst.length,
             disk_bytes=2 * sums,
             kept_bytes=sums,
@@ -444,6 +459,13 @@ class Estimator:
         return _Texts(recipe.model, data, options, seed, is_here=self.is_here)
 
 
+def _sign_width(num_batches: int | None) -> int:
+    """Bytes of a sum of signs over so many batches; of one that cannot be known, two."""
+    if num_batches is None:
+        return 2
+    return 1 if num_batches < 2**7 else 2 if num_batches < 2**15 else 4
+
+
 _ESTIMATED = ("baseline", "warmup", "score", "train", "evaluate")
 
 
@@ -508,6 +530,14 @@ class _Texts:
         examples = options.batch_size * options.gradient_accumulation
         assert options.epochs is not None
         return math.ceil(options.epochs * math.ceil(len(self.encoded) / examples))
+
+    @property
+    def num_batches(self) -> int | None:
+        """That are read where nothing is trained; ``None`` likewise."""
+        if self.encoded is not None:
+            return len(self.batches)
+        steps, together = self._options.steps, self._options.gradient_accumulation
+        return None if steps is None else steps * together
 
     @property
     def assumed(self) -> str | None:

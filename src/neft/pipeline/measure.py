@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,7 +20,7 @@ from neft.projections import find_candidates
 from neft.recipe import Recipe, WarmupSection
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from neft.scoring.activation import ActivationSums
     from neft.scoring.gradient import GradientSigns
@@ -67,8 +68,7 @@ def measure(recipe: Recipe, options: WarmupSection, working: Path) -> None:
     batches = batches_of(encoded, options, options.seed_of(recipe.seed))
     model = load_model(recipe.model).to(device())
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        _checkpoint_layers(model)
     file = working / MEASURED
     sums, progress = _resumed(file) or _begun(recipe, options, model, len(batches))
     progress.examples = encoded.counts
@@ -92,6 +92,17 @@ def measure(recipe: Recipe, options: WarmupSection, working: Path) -> None:
             if stop.stopped:
                 raise KeyboardInterrupt
     write_json(working / RECORD, asdict(progress))
+
+
+def _checkpoint_layers(model: nn.Module) -> None:
+    """Keep the layers' inputs alone for the backward pass, and compute the rest again."""
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            # The model's own switch works in training mode alone, which turns dropout on.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def read_measured(warmup: Path) -> Sums:

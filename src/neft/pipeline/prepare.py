@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from neft.errors import UsageError
+from neft.errors import DataError, UsageError
 from neft.evaluation import check_metrics
 from neft.files import write_json, write_text
-from neft.models import check_quantization, load_tokenizer
+from neft.models import (
+    check_quantization,
+    context_length,
+    has_learned_positions,
+    load_tokenizer,
+)
 from neft.pipeline.identity import model_identity
 from neft.pipeline.probing import check_probe
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.projections import check_can_be_watched, find_projections
-from neft.recipe import DataSection, Recipe, load_recipe
+from neft.recipe import DataSection, ModelSection, Recipe, load_recipe
 from neft.sft.data import Split, load_examples, load_texts
 from neft.sft.methods import find_method
-from neft.sft.prompts import encode_all, prompt_ids
+from neft.sft.prompts import encode, encode_all, prompt_ids
 
 if TYPE_CHECKING:
     from torch import nn
+
+_log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
@@ -69,7 +78,7 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
         UsageError: a machine, a model or a budget with which the method cannot be carried out.
     """
     from neft.checkpoints import open_weights
-    from neft.sft.counting import num_trainable
+    from neft.sft.footprint import Trained, trained_tensors
     from neft.sft.train import check_machine
 
     check_quantization(recipe.model)
@@ -84,18 +93,18 @@ def check_method(recipe: Recipe) -> dict[str, Any]:
     if find_method(recipe.train.method).needs_neurons:
         assert recipe.select is not None
         candidates = unscored(network, recipe)
-        chosen = choose(candidates, recipe.select, model_identity(recipe.model))
-        neurons = chosen.num_parameters
+        neurons = choose(candidates, recipe.select, model_identity(recipe.model))
         # Chosen by their scores, neurons may overlap otherwise with the sets that are joined to them.
         summary["neurons"] = {
             "num_projections": len(candidates.projections),
             "num_candidates": len(candidates),
-            "num_to_train": len(chosen),
+            "num_to_train": len(neurons),
         }
     train = recipe.train
-    if train.lora is not None:
-        train = train.model_copy(update={"lora": with_rank(train.lora, network, recipe)})
-    return summary | {"num_to_train": num_trainable(network, train, neurons)}
+    lora = train.lora and with_rank(train.lora, network, recipe)
+    tensors = trained_tensors(network, train.method, neurons, lora)
+    trained = Trained(train.method, recipe.model.dtype, train, tensors, neurons, lora)
+    return summary | {"num_to_train": trained.num_trainable}
 
 
 def _check_watching(recipe: Recipe, network: nn.Module) -> None:
@@ -116,13 +125,24 @@ def check_data(recipe: Recipe) -> dict[str, Any]:
         Counts of each split.
 
     Raises:
-        UsageError: a file, row or field that cannot be used, or a language that no metric can score.
+        UsageError: a file, row or field that cannot be used, a text that is too long for the model, or a
+            language that no metric can score.
     """
     tokenizer = load_tokenizer(recipe.model)
+    reach = _Reach(recipe.model)
 
     def count(data: DataSection, split: Split) -> dict[str, int]:
         examples = load_examples(data, split)
         encoded = encode_all(examples, tokenizer, data)
+        longest = max(encoded.input_ids, key=len)
+        if len(longest) > reach.length:
+            found = (
+                e for e in examples if encode(e, tokenizer, data)[0][: data.max_length] == longest
+            )
+            reach.exceeded(
+                f"{next(found).place}: {len(longest)} tokens",
+                f"Lower data.max_length to {reach.length}.",
+            )
         return {
             "num_examples": len(examples),
             "num_dropped": encoded.num_dropped,
@@ -138,14 +158,45 @@ def check_data(recipe: Recipe) -> dict[str, Any]:
             if any(getattr(elsewhere, name) != getattr(recipe.data, name) for name in fields):
                 counts[f"warmup.{split}"] = count(elsewhere, split)
     examples = load_examples(recipe.data, "test")
-    for example in examples:
-        prompt_ids(example, tokenizer, recipe.data)
+    prompts = [len(prompt_ids(example, tokenizer, recipe.data)) for example in examples]
+    longest, num_new = max(prompts), recipe.evaluate.max_new_tokens
+    if longest + num_new > reach.length:
+        reach.exceeded(
+            f"{examples[prompts.index(longest)].place}: {longest} tokens, and evaluate.max_new_tokens = "
+            f"{num_new} more",
+            "Lower evaluate.max_new_tokens, or leave the example out.",
+        )
     references = [example.target for example in examples]
     check_metrics(recipe.data.task, recipe.data.target_language, references)
     counts["test"] = {"num_examples": len(examples)}
     if finds_neurons(recipe) and not recipe.score.needs_warmup:
         texts, _ = check_probe(recipe)
         counts["probe"] = {"num_texts": len(texts)}
-    if recipe.evaluate.general is not None:
-        counts["general"] = {"num_texts": len(load_texts(recipe.evaluate.general))}
+    general = recipe.evaluate.general
+    if general is not None:
+        counts["general"] = {"num_texts": len(load_texts(general))}
+        if general.max_length > reach.length:
+            reach.exceeded(
+                f"evaluate.general.max_length: {general.max_length} tokens",
+                f"Lower it to {reach.length}.",
+            )
     return counts
+
+
+class _Reach:
+    """How many tokens a model can read at once."""
+
+    def __init__(self, model: ModelSection) -> None:
+        from neft.checkpoints import open_weights
+
+        network = open_weights(model.path, model.revision).network
+        self._place = model.path
+        self.length = context_length(network) or math.inf
+        self._is_strict = has_learned_positions(network)
+
+    def exceeded(self, what: str, remedy: str) -> None:
+        """Refuse, or warn of, something that is longer."""
+        message = f"{what}; the context of {self._place} has {self.length}. {remedy}"
+        if self._is_strict:
+            raise DataError(message)
+        _log.warning(message)

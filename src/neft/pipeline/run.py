@@ -60,7 +60,7 @@ def train(
         The adapter or model in ``folder``.
     """
     folder = folder.expanduser().resolve()
-    _run_alone(training_stage(folder.name, recipe, neurons), folder, overwrite=overwrite, say=say)
+    _run_alone(training_stage(recipe, neurons), folder, overwrite=overwrite, say=say)
     return trained_artifact(folder)
 
 
@@ -69,7 +69,7 @@ def evaluate(
 ) -> Evaluation:
     """Only evaluate the recipe's model, with or without an adapter; errors as in ``run``."""
     folder = folder.expanduser().resolve()
-    _run_alone(evaluation_stage(folder.name, recipe, adapter), folder, overwrite=overwrite, say=say)
+    _run_alone(evaluation_stage(recipe, adapter), folder, overwrite=overwrite, say=say)
     return read_evaluation(folder)
 
 
@@ -149,7 +149,7 @@ def run_stages(
             folder.settle()
         there = {stage.name: _results(stage, folders[stage.name]) for stage in stages}
         if not overwrite:
-            _refuse_other_recipe(stages, plan, folders, there)
+            _refuse_other_recipe(stages, plan, there)
         for stage in stages:
             inputs = {name: folders[name].path for name in stage.reads}
             bring_to_finish(stage, plan[stage.name], folders[stage.name], inputs, say)
@@ -185,7 +185,7 @@ def bring_to_finish(
             say(f"{stage.name}: already done, in {duration(record.seconds)}")
             return
         say(f"{stage.name}: {folder.path} is damaged and made again")
-    record = folder.begin(planned, resume=stage.resumable)
+    record = folder.begin(planned, resume=bool(stage.resumes_from))
     say(f"{stage.name}: {'continues' if record.attempts > 1 else 'starts'}")
     release_free_memory()
     start = time.perf_counter()
@@ -193,7 +193,7 @@ def bring_to_finish(
         with naming_shortage(lambda: stage.name):
             stage.run(folder.working, inputs)
     except BaseException as error:
-        if not (stage.resumable and folder.has_progress()):
+        if not folder.has_progress(stage):
             folder.discard_working()
         if isinstance(error, OutOfMemoryError) and stage.on_shortage is not None:
             raise OutOfMemoryError(f"{error}\n{stage.on_shortage()}") from error
@@ -205,38 +205,39 @@ def bring_to_finish(
 def _refuse_other_recipe(
     stages: Sequence[Stage],
     plan: Mapping[str, Record],
-    folders: Mapping[str, StageFolder],
-    there: Mapping[str, Sequence[Record]],
+    there: Mapping[str, Mapping[Path, Record]],
 ) -> None:
-    at_stake = [
-        stage.name
+    at_stake = {
+        path: stage.name
         for stage in stages
         if not stage.derived
-        and any(record.fingerprint != plan[stage.name].fingerprint for record in there[stage.name])
-    ]
+        for path, record in there[stage.name].items()
+        if record.fingerprint != plan[stage.name].fingerprint
+    }
     if not at_stake:
         return
-    told = {*at_stake, *(name for stage in stages for name in stage.reads)}
+    told = {*at_stake.values(), *(name for stage in stages for name in stage.reads)}
     reasons = [
         reason
         for stage in stages
         if stage.name in told
-        for record in there[stage.name]
+        for record in there[stage.name].values()
         for reason in differences(record, plan[stage.name])
     ]
     raise UsageError(
         "Results of another recipe are in the way:\n"
-        + "\n".join(f"  {folders[name].path}" for name in at_stake)
+        + "\n".join(f"  {path}" for path in at_stake)
         + "\nThe recipes differ:\n"
         + "\n".join(f"  {reason}" for reason in dict.fromkeys(reasons))
         + "\nChoose another output folder, or replace these results with --overwrite."
     )
 
 
-def _results(stage: Stage, folder: StageFolder) -> list[Record]:
-    """The records of what would be lost with this folder: a result, progress of an attempt."""
-    progress = folder.started() if stage.resumable and folder.has_progress() else None
-    return [record for record in (folder.finished(), progress) if record is not None]
+def _results(stage: Stage, folder: StageFolder) -> dict[Path, Record]:
+    """What would be lost in this place, with its record: a result, progress of an attempt."""
+    progress = folder.started() if folder.has_progress(stage) else None
+    records = {folder.path: folder.finished(), folder.working: progress}
+    return {path: record for path, record in records.items() if record is not None}
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ class Stage:
     """One step of a run: reads the folders of earlier stages, and fills one of its own."""
 
     name: str
-    """Also the name of its folder."""
+    """In a run, also the name of its folder."""
     version: int
     """Raised whenever the code gives another result for the same ingredients."""
     ingredients: Mapping[str, Any]
@@ -25,8 +25,9 @@ class Stage:
     """Earlier stages whose folders it reads."""
     run: Callable[[Path, Mapping[str, Path]], None]
     """Fills the folder that it is given; the mapping has the finished folder of each stage it reads."""
-    resumable: bool = False
-    """Whether ``run`` continues from what a killed attempt left in its folder; else it starts anew."""
+    resumes_from: tuple[str, ...] = ()
+    """Patterns of the files in its folder from any of which ``run`` continues after a killed attempt. An
+    attempt that left none of them starts anew."""
     derived: bool = False
     """Whether the result is made again in little time from the stages it reads, and so may be replaced
     without asking when the recipe changes."""

@@ -33,17 +33,21 @@ from neft.pipeline.identity import (
     folder_identity,
     model_identity,
 )
-from neft.pipeline.measure import measure
+from neft.pipeline.measure import MEASURED, measure
 from neft.pipeline.prepare import prepare
-from neft.pipeline.results import collect_results
+from neft.pipeline.results import TRAINING, collect_results
 from neft.pipeline.scoring import score
 from neft.pipeline.selection import NEURONS, SCORES, choose, resolved_lora, unscored
 from neft.pipeline.stage import Stage
 from neft.pipeline.together import Task, carry_out
 from neft.recipe import DataSection, Recipe
 from neft.sft.methods import find_method
+from neft.sft.resume import CHECKPOINTS, MARKER
 
 _Folders: TypeAlias = Mapping[str, Path]
+
+# From what a training goes on.
+_OF_TRAINING = (f"{CHECKPOINTS}/*/{MARKER}", TRAINING)
 
 
 def stage_names(recipe: Recipe) -> list[str]:
@@ -81,7 +85,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     return [_made(name, recipe, content) for name in stage_names(recipe)]
 
 
-def training_stage(name: str, recipe: Recipe, neurons: Path | None) -> Stage:
+def training_stage(recipe: Recipe, neurons: Path | None) -> Stage:
     """Training alone, with the neurons of a file."""
     content = _Content(recipe)
     ingredients = content.training
@@ -91,11 +95,12 @@ def training_stage(name: str, recipe: Recipe, neurons: Path | None) -> Stage:
     def run(working: Path, _inputs: _Folders) -> None:
         carry_out(Task("train", recipe, working, neurons))
 
-    stage = Stage(name, 1, ingredients, (), run, resumable=True)
+    # Whatever the folder is called: it may be renamed.
+    stage = Stage("train", 1, ingredients, (), run, _OF_TRAINING)
     return replace(stage, on_shortage=partial(_explain, recipe, "train"))
 
 
-def evaluation_stage(name: str, recipe: Recipe, adapter: Path | None) -> Stage:
+def evaluation_stage(recipe: Recipe, adapter: Path | None) -> Stage:
     """Evaluation alone, of the recipe's model with or without an adapter."""
     content = _Content(recipe)
     ingredients = content.model | content.testing
@@ -107,7 +112,7 @@ def evaluation_stage(name: str, recipe: Recipe, adapter: Path | None) -> Stage:
         model = load_model(recipe.model)
         evaluate(model if adapter is None else load_adapter(model, adapter), recipe, working)
 
-    stage = Stage(name, 1, ingredients, (), run)
+    stage = Stage("evaluate", 1, ingredients, (), run)
     return replace(stage, on_shortage=partial(_explain, recipe, "evaluate"))
 
 
@@ -274,7 +279,8 @@ def _warmup(recipe: Recipe, content: _Content) -> Stage:
         else:
             measure(recipe, options, working)
 
-    return Stage("warmup", 1, content.warmup, (), run, resumable=True)
+    progress = _OF_TRAINING if options.trains else (MEASURED,)
+    return Stage("warmup", 1, content.warmup, (), run, progress)
 
 
 def _score(recipe: Recipe, content: _Content) -> Stage:
@@ -312,7 +318,7 @@ def _train(recipe: Recipe, content: _Content) -> Stage:
         carry_out(Task("train", recipe, working, neurons))
 
     reads = ("select",) if with_neurons else ()
-    return Stage("train", 1, content.training, reads, run, resumable=True)
+    return Stage("train", 1, content.training, reads, run, _OF_TRAINING)
 
 
 def _evaluate(recipe: Recipe, content: _Content) -> Stage:
@@ -331,7 +337,7 @@ def _analysis(recipe: Recipe, content: _Content) -> Stage:
 
     earlier = ("score", "select", "baseline", "train", "evaluate")
     reads = tuple(name for name in earlier if name in stage_names(recipe))
-    return Stage("analysis", 1, content.analysis, reads, run, resumable=True, derived=True)
+    return Stage("analysis", 1, content.analysis, reads, run, ("*",), derived=True)
 
 
 _MAKERS: dict[str, Callable[[Recipe, _Content], Stage]] = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from neft.errors import RunError, UsageError
-from neft.files import sync, write_json
+from neft.files import changed_files, file_sizes, sync, write_json
 from neft.pipeline.provenance import machine, package_versions, source_commit
 from neft.pipeline.stage import Stage
 
@@ -131,17 +131,19 @@ class StageFolder:
         """The record of an interrupted attempt, if there is one."""
         return _read_record(self.working / STARTED)
 
-    def has_progress(self) -> bool:
-        """Whether an interrupted attempt left more than its record."""
-        return self.working.is_dir() and any(
-            entry.name != STARTED for entry in self.working.iterdir()
+    def has_progress(self, stage: Stage) -> bool:
+        """Whether an interrupted attempt left something to continue from."""
+        return any(
+            file.name != STARTED
+            for pattern in stage.resumes_from
+            for file in self.working.glob(pattern)
         )
 
     def state(self) -> State:
         """What stands here."""
         record = self.finished()
         if record is not None:
-            return State.DAMAGED if missing_files(self.path, record) else State.DONE
+            return State.DAMAGED if changed_files(self.path, record.files) else State.DONE
         return State.PARTIAL if self.working.exists() else State.MISSING
 
     def begin(self, record: Record, *, resume: bool) -> Record:
@@ -176,7 +178,9 @@ class StageFolder:
             record,
             seconds=round(seconds, 3),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            files=_sizes(self.working),
+            files={
+                name: size for name, size in file_sizes(self.working).items() if name != STARTED
+            },
             packages=package_versions(),
             machine=machine(),
             commit=source_commit(),
@@ -206,15 +210,6 @@ class StageFolder:
             sync(self.path.parent)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
-
-
-def missing_files(folder: Path, record: Record) -> list[str]:
-    """Files of a finished stage that have gone or have another size now."""
-    return [
-        name
-        for name, size in record.files.items()
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size
-    ]
 
 
 @contextmanager
@@ -320,15 +315,6 @@ def _read_record(path: Path) -> Record | None:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in files
-        if path.name != STARTED
-    }
 
 
 def _sync_all(folder: Path) -> None:

@@ -96,6 +96,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self._is_agreed = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -125,12 +126,13 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, _args: Any, _state: Any, control: TrainerControl, **_: Any) -> None:
         # Signals come to several processes at different moments, and they must stop after the same step.
-        self.stopped = processes.any_process(self.stopped)
-        if self.stopped:
+        # One that comes between here and the save counts at the next step, when all have heard of it.
+        self._is_agreed = processes.any_process(self.stopped)
+        if self._is_agreed:
             control.should_save = True
 
     def on_save(self, _args: Any, _state: Any, control: TrainerControl, **_: Any) -> None:
-        if self.stopped:
+        if self._is_agreed:
             control.should_training_stop = True
 
 

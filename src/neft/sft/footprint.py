@@ -13,19 +13,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from neft.errors import ArchitectureError
 from neft.neurons import Axis, NeuronSet, Projection
 from neft.projections import find_projections
 from neft.recipe import LoraSection, Quantization, TrainingSection
-from neft.sft.counting import WIDTHS, DType, frozen_bytes, num_linear
+from neft.sft.counting import num_linear
 from neft.sft.methods import find_method, lora_projections
 
 if TYPE_CHECKING:
     from torch import nn
 
 TensorShape: TypeAlias = tuple[int, ...]
+DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+WIDTHS: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a scalar."""
+# With its scales: a byte for 64 weights in 4 bits, themselves scaled by four for 256.
+_QUANTIZED_BYTES: dict[Quantization, float] = {"4bit": 0.5 + (1 + 4 / 256) / 64, "8bit": 1.0}
 
 _FLOAT32 = 4
 # Measured (docs/estimate.md): of what comes and goes in a step, the C library gives little back to the
@@ -46,6 +51,7 @@ class Shape:
     """Width of all query heads together; of all key heads, ``keys``."""
     keys: int
     num_heads: int
+    """0 where the configuration names none: what such layers keep cannot be estimated."""
     num_layers: int
     vocabulary: int
     is_gated: bool
@@ -65,25 +71,19 @@ class Shape:
         """The sizes of a causal language model of transformers; its weights may be on the meta device.
 
         Raises:
-            ArchitectureError: a network without linear layers, or without attention.
+            ArchitectureError: a network without linear layers.
         """
         config: Any = network.config.get_text_config()  # type: ignore[operator, union-attr]
-        if not hasattr(config, "num_attention_heads"):
-            raise ArchitectureError(
-                f"{type(network).__name__}: its configuration names no attention heads; what other "
-                "layers keep cannot be estimated."
-            )
         projections = find_projections(network, ["*"])
-        head_dim = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        num_heads = getattr(config, "num_attention_heads", 0)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(1, num_heads)
+        key_heads = getattr(config, "num_key_value_heads", None) or num_heads
         return cls(
             hidden=config.hidden_size,
             intermediate=max(map(_num_inputs, projections)),
-            queries=config.num_attention_heads * head_dim,
+            queries=num_heads * head_dim,
             keys=key_heads * head_dim,
-            num_heads=config.num_attention_heads,
+            num_heads=num_heads,
             num_layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
             is_gated=any("gate" in projection.role for projection in projections),
@@ -157,6 +157,11 @@ class Trained:
         return sum(map(math.prod, self.tensors))
 
     @property
+    def num_trainable(self) -> int:
+        """Scalars that change; under a mask, fewer than get a gradient."""
+        return self.num_scalars if self.neurons is None else self.neurons.num_parameters
+
+    @property
     def optimizer_states(self) -> int:
         """Bytes; AdamW: two moments a scalar; Adafactor: a number a row and column of each tensor."""
         if self.options.optimizer == "adamw":
@@ -221,6 +226,16 @@ def trained_tensors(
     return [(len(neurons[name]), projections[name].vector_length) for name in neurons.modules()]
 
 
+def held_bytes(shape: Shape, trained: Trained) -> int:
+    """What training holds from step to step: weights, vectors, gradients and optimizer states."""
+    return (
+        _weights(shape, trained)
+        + vectors_bytes(trained)
+        + _gradients(shape, trained)
+        + trained.optimizer_states
+    )
+
+
 def footprint(shape: Shape, trained: Trained, batch: Batch, *, on_cpu: bool) -> Footprint:
     """Estimate the memory of the worst step of a training run.
 
@@ -230,7 +245,8 @@ def footprint(shape: Shape, trained: Trained, batch: Batch, *, on_cpu: bool) -> 
         batch: the largest.
         on_cpu: whether memory is that of a process, and not of an accelerator.
     """
-    weights, vectors = _weights(shape, trained), vectors_bytes(trained)
+    weights = _weights(shape, trained) + _dequantized(shape, trained.dtype, trained.quantization)
+    vectors = vectors_bytes(trained)
     gradients, optimizer = _gradients(shape, trained), _optimizer(trained)
     kept = activations(shape, trained, batch)
     loss = loss_bytes(shape, batch)
@@ -256,7 +272,7 @@ def footprint(shape: Shape, trained: Trained, batch: Batch, *, on_cpu: bool) -> 
 def _weights(shape: Shape, trained: Trained) -> int:
     """Frozen; or float32 masters with copies for products in 16 bits, and a byte a weight for a mask."""
     if trained.makes_adapter:
-        return frozen_weights(shape, trained.dtype, trained.quantization)
+        return _frozen(shape, trained.dtype, trained.quantization)
     copies = 0 if trained.width == _FLOAT32 else trained.width * shape.num_parameters
     mask = shape.num_parameters if trained.method == "mask" else 0
     return _FLOAT32 * shape.num_parameters + copies + mask
@@ -264,8 +280,17 @@ def _weights(shape: Shape, trained: Trained) -> int:
 
 def frozen_weights(shape: Shape, dtype: DType, quantization: Quantization | None) -> int:
     """Bytes of weights that nothing trains; of quantized ones, one is dequantized at a time."""
-    dequantized = 0 if quantization is None else WIDTHS[dtype] * shape.largest_linear
-    return frozen_bytes(shape.num_parameters, shape.num_linear, dtype, quantization) + dequantized
+    return _frozen(shape, dtype, quantization) + _dequantized(shape, dtype, quantization)
+
+
+def _frozen(shape: Shape, dtype: DType, quantization: Quantization | None) -> int:
+    width, num_plain = WIDTHS[dtype], shape.num_parameters - shape.num_linear
+    in_linear = width if quantization is None else _QUANTIZED_BYTES[quantization]
+    return round(width * num_plain + in_linear * shape.num_linear)
+
+
+def _dequantized(shape: Shape, dtype: DType, quantization: Quantization | None) -> int:
+    return 0 if quantization is None else WIDTHS[dtype] * shape.largest_linear
 
 
 def vectors_bytes(trained: Trained) -> int:

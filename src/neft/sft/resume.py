@@ -1,24 +1,31 @@
 """A run's trainer checkpoints on disk: which are whole, and which are still needed.
 
 The trainer writes a checkpoint file by file. A marker, written once everything else has reached the disk,
-tells a whole checkpoint from one that a kill or a power cut tore; it goes first when one is deleted.
+tells a whole checkpoint from one that a kill or a power cut tore, and by the sizes of its files from one
+that was damaged since; it goes first when one is deleted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from neft.files import follow_umask, sync, write_json
+from neft.files import changed_files, file_sizes, follow_umask, sync, write_json
 
-_MARKER = "complete.json"
+_log = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+"""Comes into a checkpoint last."""
+CHECKPOINTS = "checkpoints"
+"""Holds them, in the folder of a run."""
 _STATE = "trainer_state.json"
 # What serves a resumed run alone; the rest of a checkpoint is the model or adapter.
 _TRAINER_FILES = (
-    _MARKER,
+    MARKER,
     _STATE,
     "training_args.bin",
     "optimizer*.pt",
@@ -39,13 +46,32 @@ def seal(checkpoint: Path) -> None:
     """Mark a checkpoint as whole, after forcing its files to the disk."""
     for path in (checkpoint, *checkpoint.rglob("*")):
         sync(path)
-    write_json(checkpoint / _MARKER, {"complete": True})
+    write_json(checkpoint / MARKER, file_sizes(checkpoint))
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The whole checkpoint with the most steps."""
-    whole = [folder for folder in _all(checkpoints) if (folder / _MARKER).is_file()]
-    return max(whole, key=_step, default=None)
+    """The whole checkpoint with the most steps, if the best weights until then are whole too."""
+    for folder in sorted(_all(checkpoints), key=_step, reverse=True):
+        if _is_whole(folder):
+            best = _best_until(folder)
+            if best is None or _is_whole(best, without_trainer=True):
+                return folder
+    return None
+
+
+def _is_whole(checkpoint: Path, *, without_trainer: bool = False) -> bool:
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    changed = changed_files(checkpoint, sizes)
+    return all(without_trainer and _is_trainer_file(Path(name)) for name in changed)
+
+
+def _best_until(checkpoint: Path) -> Path | None:
+    """Where the weights are that were the best at a whole checkpoint, if any were measured."""
+    step = read_state(checkpoint)["best_global_step"]
+    return None if step is None else checkpoint_folder(checkpoint.parent, step)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -88,10 +114,21 @@ def _is_trainer_file(file: Path) -> bool:
 
 
 def discard_torn(checkpoints: Path) -> None:
-    """Delete checkpoints that were never finished: what lies in them must not mix with a later save."""
+    """Delete checkpoints from which nothing goes on: what lies in them must not mix with a later save."""
+    last = last_checkpoint(checkpoints)
+    needed = () if last is None else (last, _best_until(last))
     for folder in _all(checkpoints):
-        if not (folder / _MARKER).is_file():
-            shutil.rmtree(folder)
+        if folder in needed:
+            continue
+        is_later = last is None or _step(folder) > _step(last)
+        if is_later and (folder / MARKER).is_file():
+            _log.warning(
+                "%s: deleted, as files of it or of the best checkpoint before it were damaged; training "
+                "goes on from %s.",
+                folder,
+                "the beginning" if last is None else last,
+            )
+        shutil.rmtree(folder)
 
 
 def discard_superseded(checkpoints: Path, best: int | None, last: int) -> None:
@@ -101,10 +138,10 @@ def discard_superseded(checkpoints: Path, best: int | None, last: int) -> None:
             continue
         if _step(folder) == best:
             for file in folder.iterdir():
-                if _is_trainer_file(file) and file.name != _MARKER:
+                if _is_trainer_file(file) and file.name != MARKER:
                     file.unlink()
         else:
-            (folder / _MARKER).unlink(missing_ok=True)
+            (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,9 @@ from typing import Any
 
 from neft.errors import DataError
 from neft.recipe import DataSource, HubData, ParallelFiles
+
+# Halves of UTF-16 pairs; JSON's escapes can spell one alone.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ def checked_text(value: Any, where: str) -> str:
         raise DataError(f"{where} must be text, found {shown(value)}.")
     if not value.strip():
         raise DataError(f"{where} is empty.")
+    if surrogate := _SURROGATE.search(value):
+        raise DataError(
+            f"{where} holds half a character ({surrogate[0]!r}, at position {surrogate.start() + 1}): "
+            "the text was cut in the middle of an emoji or the like. Remove it, or cut elsewhere."
+        )
     return value
 
 

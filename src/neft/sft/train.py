@@ -27,7 +27,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import neft
 from neft import processes
-from neft.errors import UsageError
+from neft.errors import RunError, UsageError
 from neft.files import file_identity, write_json
 from neft.memory import naming_shortage
 from neft.models import load_model, load_tokenizer, quiet_transformers
@@ -46,6 +46,7 @@ from neft.sft.in_backward import StepInBackward
 from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.prompts import Encoded, load_encoded
 from neft.sft.resume import (
+    CHECKPOINTS,
     checkpoint_folder,
     discard_torn,
     last_checkpoint,
@@ -116,7 +117,7 @@ class _Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def plan(self) -> Path:
@@ -181,7 +182,8 @@ def train(
 
     Raises:
         UsageError: input that cannot be used, or a folder that holds another run.
-        RunError: a loss or gradient that is not finite, or too little memory; checkpoints are kept.
+        RunError: a loss or gradient that is not finite, or too little memory; checkpoints are kept. Or
+            a note beside them that cannot be read, so that they are of no use.
         KeyboardInterrupt: after SIGINT or SIGTERM.
     """
     check_inputs(method, neurons, lora)
@@ -204,13 +206,16 @@ def train(
         dev=dev_split,
     )
     record = run.folder / RECORD
-    for file in (record, run.plan):
-        _check_is_ours(file, run)
-    is_finished, is_trained = record.is_file(), _is_trained(run.checkpoints)
+    is_finished = record.is_file()
+    # A kill may have left a finished run with the half of its checkpoints.
+    last = None if is_finished else last_checkpoint(run.checkpoints)
+    if is_finished or last is not None or run.plan.is_file():
+        _check_is_ours(record if is_finished else run.plan, run)
+    is_trained = is_finished or (last is not None and _is_trained(last))
     # Before anybody changes what the others have yet to see.
     processes.wait_for_all()
-    if not (is_finished or is_trained):
-        _train(run)
+    if not is_trained:
+        _train(run, last)
     if processes.is_first():
         if not is_finished:
             _publish(run)
@@ -274,12 +279,21 @@ def _model_identity(model: ModelSection) -> dict[str, Any]:
     return fields
 
 
+def _noted(key: str, file: Path, run: _Run) -> dict[str, Any]:
+    """A part of ``plan.json``, or of the record, which has the same parts."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{file}: is missing or torn, or another version of neft wrote it, so this training cannot "
+            f"go on. Delete {run.folder} to begin anew."
+        ) from error
+    return found
+
+
 def _check_is_ours(file: Path, run: _Run) -> None:
-    """Refuse a folder whose record, if it has one, is of another run."""
-    if not file.is_file():
-        return
-    theirs: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["run"]
-    if difference := _difference(theirs, run.identity):
+    """Refuse a folder whose plan or record is of another run."""
+    if difference := _difference(_noted("run", file, run), run.identity):
         raise UsageError(
             f"{file.parent}: holds another training run; {difference}. Delete the folder, or choose "
             "another."
@@ -288,8 +302,7 @@ def _check_is_ours(file: Path, run: _Run) -> None:
 
 def _check_same_crew(run: _Run) -> None:
     """Refuse to go on from a checkpoint of which others keep their shares."""
-    theirs: dict[str, Any] = json.loads(run.plan.read_text(encoding="utf-8"))["crew"]
-    if difference := _difference(theirs, run.crew):
+    if difference := _difference(_noted("crew", run.plan, run), run.crew):
         raise UsageError(
             f"{run.checkpoints}: this training was begun otherwise, and can only go on as it was begun; "
             f"{difference}. Start it that way, or delete the folder to begin anew."
@@ -309,16 +322,12 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str = 
     return None
 
 
-def _is_trained(checkpoints: Path) -> bool:
-    last = last_checkpoint(checkpoints)
-    if last is None:
-        return False
-    state = read_state(last)
+def _is_trained(checkpoint: Path) -> bool:
+    state = read_state(checkpoint)
     return bool(state["global_step"] >= state["max_steps"])
 
 
-def _train(run: _Run) -> None:
-    last = last_checkpoint(run.checkpoints)
+def _train(run: _Run, last: Path | None) -> None:
     if last is not None:
         _check_same_crew(run)
     processes.wait_for_all()
@@ -332,7 +341,7 @@ def _train(run: _Run) -> None:
         for callback in (SealCheckpoints(folders), MeasureSteps(), stop, shown):
             trainer.add_callback(callback)
         _take_steps(trainer, run.options, last)
-    if stop.stopped:
+    if processes.any_process(stop.stopped):
         raise KeyboardInterrupt
 
 

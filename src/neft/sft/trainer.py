@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import is_triton_available
 from trl import SFTTrainer
 
+from neft import processes
 from neft.errors import DivergenceError
 from neft.sft.batches import FilledUp, LengthGrouped
 from neft.sft.loss import target_loss
@@ -167,7 +168,8 @@ class TargetTrainer(SFTTrainer):
                     self.model_wrapped, inputs, num_items_in_batch=weight
                 ).item()
             num_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
-        sums = self.accelerator.reduce(torch.tensor([loss, num_tokens], device=self.args.device))
+        # In float64: float32 tells no single token from another beyond 16 million.
+        sums = processes.sum_over_all(torch.tensor([loss, num_tokens], dtype=torch.float64))
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

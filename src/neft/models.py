@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from neft.errors import CheckpointError, UsageError
 from neft.memory import is_shortage
@@ -17,7 +17,6 @@ from neft.recipe import ModelSection, Quantization
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
@@ -148,27 +147,6 @@ def _quantizing(
         case None:
             return {}
     return {"quantization_config": config}
-
-
-def context_length(network: nn.Module) -> int | None:
-    """The most tokens that a model was made to read at once, where its configuration says so."""
-    config: Any = network.config.get_text_config()  # type: ignore[operator, union-attr]
-    length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
-
-
-def has_learned_positions(network: nn.Module) -> bool:
-    """Whether each position has a row in a table, so that none can be read beyond the context."""
-    from torch.nn import Embedding
-
-    length = context_length(network)
-    words = network.get_input_embeddings()  # type: ignore[operator]
-    return length is not None and any(
-        # OPT has two rows that are no positions.
-        isinstance(module, Embedding) and module.num_embeddings in (length, length + 2)
-        for module in network.modules()
-        if module is not words
-    )
 
 
 def load_tokenizer(

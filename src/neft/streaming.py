@@ -165,7 +165,7 @@ def check_texts(network: nn.Module, texts: Sequence[Sequence[int]]) -> None:
     """
     if not len(texts):
         raise DataError("There are no texts to read; give at least one.")
-    context = _context_length(network)
+    context = context_length(network)
     for number, text in enumerate(texts, start=1):
         if not len(text):
             raise DataError(f"Text {number} of {len(texts)} has no tokens; leave it out.")
@@ -177,7 +177,7 @@ def check_texts(network: nn.Module, texts: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _context_length(network: nn.Module) -> int | None:
+def context_length(network: nn.Module) -> int | None:
     """The most tokens that a model can read at once, where its configuration says so."""
     config: Any = getattr(network, "config", None)
     if config is None:

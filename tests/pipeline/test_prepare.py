@@ -9,28 +9,16 @@ import pytest
 from transformers import BloomConfig
 
 from neft.errors import DataError
-from neft.models import context_length, has_learned_positions
 from neft.pipeline.prepare import check_data
 from neft.projections import as_module
 from neft.recipe import Recipe, load_recipe
+from neft.streaming import context_length
 
 CONTEXT = 128
 
 
-@pytest.mark.parametrize(
-    ("model_type", "is_learned"),
-    [("llama", False), ("gemma3", False), ("gpt_neox", False), ("gpt2", True), ("opt", True)],
-)
-def test_learned_positions(tiny_config, model_type: str, is_learned: bool) -> None:
-    network = as_module(tiny_config(model_type))
-    assert context_length(network) == 256
-    assert has_learned_positions(network) == is_learned
-
-
 def test_no_end() -> None:
-    network = as_module(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4))
-    assert context_length(network) is None
-    assert not has_learned_positions(network)
+    assert context_length(as_module(BloomConfig(n_layer=1))) is None
 
 
 @pytest.fixture
@@ -50,7 +38,7 @@ def with_text(recipe: Path, split: str, source: str, *settings: str) -> Recipe:
 
 # With the target and the end, or eight new tokens, 128.
 @pytest.mark.parametrize(("split", "length"), [("train", 126), ("dev", 126), ("test", 120)])
-@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
 def test_texts_that_are_too_long_for_the_model(
     recipe: Path, tiny_model, model_type: str, split: str, length: int
 ) -> None:
@@ -79,11 +67,3 @@ def test_general_text_that_is_too_long_for_the_model(recipe: Path, tiny_model) -
     general["max_length"] = CONTEXT + 1
     with pytest.raises(DataError, match=r"evaluate\.general\.max_length: 129 .* Lower it to 128"):
         check_data(load_recipe(recipe, [f"evaluate.general={json.dumps(general)}"]))
-
-
-def test_rotary_positions_go_on(recipe: Path, tiny_model, caplog: pytest.LogCaptureFixture) -> None:
-    tiny_model(max_position_embeddings=CONTEXT).save_pretrained(recipe.parent / "model")
-    check_data(with_text(recipe, "test", "y"))
-    assert not caplog.messages
-    check_data(with_text(recipe, "test", 121 * "y"))
-    assert "test.jsonl, line 5: 121 tokens, and evaluate.max_new_tokens = 8 more" in caplog.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,25 +11,19 @@ import yaml
 from neft.errors import DataError, UsageError
 from neft.evaluation import check_metrics
 from neft.files import write_json, write_text
-from neft.models import (
-    check_quantization,
-    context_length,
-    has_learned_positions,
-    load_tokenizer,
-)
+from neft.models import check_quantization, load_tokenizer
 from neft.pipeline.identity import model_identity
 from neft.pipeline.probing import check_probe
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.projections import check_can_be_watched, find_projections
-from neft.recipe import DataSection, ModelSection, Recipe, load_recipe
+from neft.recipe import DataSection, Recipe, load_recipe
 from neft.sft.data import Split, load_examples, load_texts
 from neft.sft.methods import find_method
 from neft.sft.prompts import encode, encode_all, prompt_ids
+from neft.streaming import context_length
 
 if TYPE_CHECKING:
     from torch import nn
-
-_log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
@@ -128,20 +121,26 @@ def check_data(recipe: Recipe) -> dict[str, Any]:
         UsageError: a file, row or field that cannot be used, a text that is too long for the model, or a
             language that no metric can score.
     """
+    from neft.checkpoints import open_weights
+
     tokenizer = load_tokenizer(recipe.model)
-    reach = _Reach(recipe.model)
+    network = open_weights(recipe.model.path, recipe.model.revision).network
+    context = context_length(network) or math.inf
+
+    def too_long(what: str, remedy: str) -> DataError:
+        return DataError(f"{what}; the context of {recipe.model.path} has {context}. {remedy}")
 
     def count(data: DataSection, split: Split) -> dict[str, int]:
         examples = load_examples(data, split)
         encoded = encode_all(examples, tokenizer, data)
         longest = max(encoded.input_ids, key=len)
-        if len(longest) > reach.length:
+        if len(longest) > context:
             found = (
                 e for e in examples if encode(e, tokenizer, data)[0][: data.max_length] == longest
             )
-            reach.exceeded(
+            raise too_long(
                 f"{next(found).place}: {len(longest)} tokens",
-                f"Lower data.max_length to {reach.length}.",
+                f"Lower data.max_length to {context}.",
             )
         return {
             "num_examples": len(examples),
@@ -160,8 +159,8 @@ def check_data(recipe: Recipe) -> dict[str, Any]:
     examples = load_examples(recipe.data, "test")
     prompts = [len(prompt_ids(example, tokenizer, recipe.data)) for example in examples]
     longest, num_new = max(prompts), recipe.evaluate.max_new_tokens
-    if longest + num_new > reach.length:
-        reach.exceeded(
+    if longest + num_new > context:
+        raise too_long(
             f"{examples[prompts.index(longest)].place}: {longest} tokens, and evaluate.max_new_tokens = "
             f"{num_new} more",
             "Lower evaluate.max_new_tokens, or leave the example out.",
@@ -175,28 +174,9 @@ def check_data(recipe: Recipe) -> dict[str, Any]:
     general = recipe.evaluate.general
     if general is not None:
         counts["general"] = {"num_texts": len(load_texts(general))}
-        if general.max_length > reach.length:
-            reach.exceeded(
+        if general.max_length > context:
+            raise too_long(
                 f"evaluate.general.max_length: {general.max_length} tokens",
-                f"Lower it to {reach.length}.",
+                f"Lower it to {context}.",
             )
     return counts
-
-
-class _Reach:
-    """How many tokens a model can read at once."""
-
-    def __init__(self, model: ModelSection) -> None:
-        from neft.checkpoints import open_weights
-
-        network = open_weights(model.path, model.revision).network
-        self._place = model.path
-        self.length = context_length(network) or math.inf
-        self._is_strict = has_learned_positions(network)
-
-    def exceeded(self, what: str, remedy: str) -> None:
-        """Refuse, or warn of, something that is longer."""
-        message = f"{what}; the context of {self._place} has {self.length}. {remedy}"
-        if self._is_strict:
-            raise DataError(message)
-        _log.warning(message)

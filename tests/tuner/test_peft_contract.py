@@ -274,6 +274,38 @@ def test_a_name_may_be_used_again_for_other_neurons(tiny_model):
         logits(wrapped)
 
 
+OTHERS = {
+    "same counts": {"start": 1},
+    "other counts": {"every": 4},
+    "fewer modules": {"modules": ["*.0.*"]},
+}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+def test_wrapping_the_model_again_replaces_the_adapter(
+    tiny_model, tmp_path, family, other, merged, recwarn
+):
+    model = tiny_model(family)
+    plain, before = logits(model), copy.deepcopy(model.state_dict())
+    neurons = choose(model, **OTHERS[other])
+    first = adapted(model)
+    logits(first)  # the vectors are resident
+    if merged:
+        first.merge_adapter()
+    again = get_peft_model(model, NeftConfig(neurons=neurons)).eval()
+    assert any("Already found a `peft_config`" in str(found.message) for found in recwarn)
+    assert len(vectors(again)) == len(neurons.modules())
+    assert torch.equal(logits(again), plain)
+    move(again, seed=2)
+    output = logits(again)
+    assert same_bits(base_state(again), before)
+    again.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
+    assert torch.equal(logits(loaded), output)
+
+
 def test_rows_and_columns_of_one_weight_always_overlap(tiny_model):
     model = tiny_model()
     name = choose(model).modules()[0]

@@ -162,7 +162,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         return base
 
     def update_layer(self, adapter_name: str, projection: Projection, indices: Indices) -> None:
-        """Add an adapter whose vectors start as the base layer's own."""
+        """Add an adapter whose vectors start as the base layer's own; one of this name is replaced."""
+        self.drop(adapter_name)
         weight = self._original_weight()
         self.neft_projections[adapter_name] = projection
         device = torch.device("cpu") if weight.is_meta else weight.device
@@ -176,6 +177,19 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         for other in others:
             if self._overlap(adapter_name, other):
                 self._overlapping |= {(adapter_name, other), (other, adapter_name)}
+
+    def drop(self, adapter_name: str) -> None:
+        """Forget an adapter, if there is one of this name; which names are active stays as it is."""
+        if adapter_name not in self.neft_vectors:
+            return
+        if adapter_name in self._resident:
+            # What tells where its original values belong is about to go.
+            if self.merged:
+                self.unmerge()
+            else:
+                self._restore()
+        for kept in (self.neft_vectors, self.neft_indices, self.neft_projections):
+            del kept[adapter_name]
 
     def _selection(self, adapter_name: str) -> Selection:
         projection = self.neft_projections[adapter_name]

@@ -47,13 +47,17 @@ class NeftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Put the layers of an adapter in place; see PEFT's."""
+        """Put the layers of an adapter in place; see PEFT's. One of this name is replaced."""
         if state_dict is not None:
             # PEFT reads the modules to adapt off the tensors' names; experts share one.
             state_dict = _named_by_module(state_dict, self.peft_config[adapter_name].neurons)
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
+        neurons = self.peft_config[adapter_name].neurons
+        for _, layer in neft_layers(model):
+            if layer.name not in neurons.projections:
+                layer.drop(adapter_name)
 
     @staticmethod
     def _check_target_module_exists(peft_config: NeftConfig, key: str) -> bool:

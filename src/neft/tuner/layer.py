@@ -130,6 +130,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("neft_vectors",)
     other_param_names = ("neft_indices", "neft_projections")
+    # nn.DataParallel sets it on its copies; here, because looking up what is missing takes a module long.
+    _is_replica = False
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -269,13 +271,23 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self._settled = None
 
     def _release(self) -> None:
-        """Put the original values back at once where the weight may be gathered for this use alone.
+        """Put the original values back at once where the weight, or this layer, may be for this use alone.
 
         Whoever gathers weights (FSDP, ZeRO) decides when they go, or come anew, and does not tell. Kept
-        until then, the originals would also take memory in all layers at a time, in every process.
+        until then, the originals would also take memory in all layers at a time, in every process. A
+        replica of ``nn.DataParallel`` may share the weight, and is thrown away with what it remembers.
         """
-        if _is_distributed():
+        if self._is_replica or _is_distributed():
             self._restore()
+
+    def _replicate_for_data_parallel(self) -> NeftLinear:
+        # The weights have been copied already, with whatever is resident in them. Every replica puts that
+        # back, and one of them into the weight of this layer, which must not rely on it any longer.
+        self._stamp = self._settled = None
+        if self.disable_adapters:
+            self.merged_adapters = []
+        replica: NeftLinear = super()._replicate_for_data_parallel()
+        return replica
 
     def _is_whole(self) -> bool:
         """The base weight itself is here; a shard (FSDP, ZeRO) or a name on meta never held vectors."""
@@ -290,7 +302,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     def _put_back(self, weight: Tensor) -> None:
         for name, originals in self._resident.items():
-            self._selection(name).write(weight, originals)
+            self._selection(name).write(weight, originals.to(weight.device))
 
     @torch.no_grad()
     def _original_weight(self) -> Tensor:

@@ -117,15 +117,35 @@ def test_safe_merge_refuses_broken_vectors(tiny_model, value):
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     wrapped = adapted(model)
-    for parameter in vectors(wrapped).values():
-        parameter.data[1, 2] = value
-    # PEFT's own words, for whoever looks for them.
-    with pytest.raises(
-        NeuronError,
-        match=r"up_proj: NaNs detected in the merged weights\. The adapter default seem",
-    ):
-        wrapped.merge_adapter(safe_merge=True)
-    assert same_bits(base_state(wrapped), before)
+    last = list(vectors(wrapped).values())[-1]
+    last.data[1, 2] = value
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        # PEFT's own words, for whoever looks for them.
+        with pytest.raises(
+            NeuronError,
+            match=r"down_proj: NaNs detected in the merged weights\. The adapter default seem",
+        ):
+            merge(safe_merge=True)
+        assert same_bits(base_state(wrapped), before)
+    last.data[1, 2] = 0.0
+    wrapped.merge_adapter(safe_merge=True)
+    assert same_bits(base_state(wrapped), merged_by_hand(before, wrapped))
+
+
+def test_adapters_that_overlap_in_the_last_layer_only_are_not_merged(tiny_model):
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    first, apart = choose(model), choose(model, start=1)
+    last = first.modules()[-1]
+    second = NeuronSet(
+        first.projections.values(),
+        {name: (first if name == last else apart)[name] for name in first.modules()},
+    )
+    wrapped = with_second(adapted(model, first), second)
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        with pytest.raises(NeuronError, match=rf"{last}: adapters 'default' and 'other' train some"):
+            merge(adapter_names=["default", "other"])
+        assert same_bits(base_state(wrapped), before)
 
 
 def test_merging_one_of_two_adapters_that_live_in_different_layers(tiny_model):

@@ -151,6 +151,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         # Adapters whose vectors the base weight holds now, with the original values in their places. Read
         # when the vectors move in, not when the adapter is made: until then, weights may be loaded.
         self._resident: dict[str, Tensor] = {}
+        self._resident_in_shares = False
         # What the resident vectors were when they were written, and for whom.
         self._stamp: object = None
         self._settled: _Settled | None = None
@@ -245,6 +246,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._check_disjoint(names)
             # Recorded before the first write, so that an interrupted one is still put back.
             self._resident = {name: self._selection(name).read(weight) for name in names}
+            self._resident_in_shares = self._is_sharded()
         self._stamp = None
         for name in names:
             self._selection(name).write(weight, self._vectors(name))
@@ -254,6 +256,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     def _stamp_of(self, names: tuple[str, ...], user: object) -> object:
         """Changes with the vectors and with the weight they are in; None if that cannot be told."""
         if _is_distributed():
+            self._check_not_sharded_since()
             # Sharded weights are gathered anew, maybe at the same address, and count no version.
             return None
         vectors = [self._vectors(name) for name in names]
@@ -264,6 +267,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _restore(self) -> None:
         """Put the original values back."""
+        self._check_not_sharded_since()
         if self._is_whole():
             self._put_back(self._base.weight)
         self._resident = {}
@@ -294,11 +298,27 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         weight = self._base.weight
         if weight.is_meta or weight.numel() != self.in_features * self.out_features:
             return False
-        if not torch.distributed.is_available():
-            return True
-        from torch.distributed.tensor import DTensor
+        return not _is_divided(weight)
 
-        return not isinstance(weight, DTensor)
+    def _is_sharded(self) -> bool:
+        """FSDP has the weight, whether it is gathered just now or not."""
+        return bool(vars(self._base).get("_is_fsdp_managed_module"))
+
+    def _check_not_sharded_since(self) -> None:
+        """The original values can be put into the whole weight and into gathered ones, not into shards."""
+        if self._resident and not self._resident_in_shares and self._is_sharded():
+            raise UsageError(
+                f"{self.name}: its weight held the vectors of {list(self._resident)} when it was sharded, and "
+                "now they are in the shards, where the original values cannot be put back. Build the model "
+                "anew, and before fully_shard call model.state_dict(), or unmerge_adapter() if one is merged."
+            )
+
+    def _check_undivided(self) -> None:
+        if _is_divided(self._base.weight):
+            raise UsageError(
+                f"{self.name}: its weight is divided among processes. Add adapters before dividing it; to "
+                "merge one, save it and merge it in one process (neft merge ADAPTER --base MODEL)."
+            )
 
     def _put_back(self, weight: Tensor) -> None:
         for name, originals in self._resident.items():
@@ -309,6 +329,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         """The base weight without vectors; a copy if it holds some, or is quantized."""
         if self._quantized:
             return dequantized(self._base)
+        self._check_undivided()
         weight: Tensor = self._base.weight.detach()
         if self._resident:
             weight = weight.clone()
@@ -483,22 +504,42 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         ]
         if not names:
             return
-        if self._quantized:
+        self.check_mergeable(safe_merge, names)
+        self._load((*self.merged_adapters, *names), user=object())
+        self.merged_adapters.extend(names)
+
+    def check_mergeable(
+        self, safe_merge: bool, adapter_names: list[str] | None, *, dequantizes: bool = False
+    ) -> None:
+        """Whether ``merge`` would go through; a model asks all its layers before it changes any.
+
+        Args:
+            safe_merge: check that the vectors are finite.
+            adapter_names: default: the active adapters.
+            dequantizes: a quantized layer will have been replaced by a plain one.
+
+        Raises:
+            NeuronError: adapters that overlap, or hold values that are not finite.
+            UsageError: a weight that cannot hold vectors.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in wanted if n in self.neft_vectors and n not in self.merged_adapters]
+        if not names:
+            return
+        if self._quantized and not dequantizes:
             raise UsageError(
                 f"{self.name}: its quantized weight cannot hold the vectors of {names} unrounded. "
                 "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit "
                 "base, run neft merge ADAPTER --base MODEL."
             )
-        together = (*self.merged_adapters, *names)
-        self._check_disjoint(together)
+        self._check_undivided()
+        self._check_disjoint((*self.merged_adapters, *names))
         for name in names if safe_merge else ():
             if not torch.isfinite(self._vectors(name)).all():
                 raise NeuronError(
                     f"{self.name}: NaNs detected in the merged weights. The adapter {name} seems to be "
-                    "broken: some of its vectors hold NaN or infinite values. This layer was not merged."
+                    "broken: some of its vectors hold NaN or infinite values. Nothing was merged."
                 )
-        self._load(together, user=object())
-        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the original values back, bit for bit."""
@@ -544,6 +585,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if self.merged or self._out_of_reach() or self._quantized:
             weight: Tensor = self._base.weight
             return weight
+        self._check_undivided()
         return self._load(self._active(), user=object())
 
     @torch.no_grad()
@@ -615,6 +657,15 @@ _EVALUATION = "evaluation"
 def _is_distributed() -> bool:
     """Whether several processes may share the weights."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_divided(weight: Tensor) -> bool:
+    """Whether each process holds a part of it, outside of the passes that gather it."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
 
 
 def _is_master(dtype: torch.dtype) -> bool:

@@ -138,6 +138,20 @@ class NeftModel(BaseTuner):
             )
         return tensors
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Leave the vectors in the weights until ``unmerge_adapter``: in all layers, or in none."""
+        self._check_mergeable(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_mergeable(
+        self, safe_merge: bool, adapter_names: list[str] | None, *, dequantizes: bool = False
+    ) -> None:
+        for _, layer in neft_layers(self.model):
+            with onload_layer(layer):
+                layer.check_mergeable(safe_merge, adapter_names, dequantizes=dequantizes)
+
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -149,6 +163,7 @@ class NeftModel(BaseTuner):
         Quantized layers that get some become plain ones of the model's dtype: quantized again, the weight
         would hold the vectors rounded to 4 or 8 bits.
         """
+        self._check_mergeable(safe_merge, adapter_names, dequantizes=True)
         self._dequantize_merged(adapter_names)
         plain: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return plain

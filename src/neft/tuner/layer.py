@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -39,13 +39,32 @@ class MasterVectors(nn.Module):
 
     Args:
         vectors: initial values ``[K, L]``.
+        owner: layer and adapter, for warnings.
     """
 
     # A module, and its parameter is called weight, because trainers look for ".<adapter>." in parameter
     # names (TRL does to copy a trained adapter into DPO's reference).
-    def __init__(self, vectors: Tensor) -> None:
+    def __init__(self, vectors: Tensor, owner: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(vectors)
+        self._owner = owner
+
+    def widen(self) -> None:
+        """Undo a cast of ``weight.data`` (TRL's over a quantized base) as far as possible, and warn."""
+        # What FSDP gathers in 16 bits for a pass comes from shares that keep their dtype.
+        if _is_master(self.weight.dtype) or _is_sharded(self):
+            return
+        warnings.warn(
+            f"{self._owner}: something cast the trained vectors to {self.weight.dtype}, which rounded "
+            "them once and would lose small updates; they are float32 again from here on.",
+            stacklevel=2,
+        )
+        self.weight.data = self.weight.data.float()
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As any module's; DDP and FSDP ask each module for its own before they lay out buffers."""
+        self.widen()
+        return super().named_parameters(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MasterVectors:
         def without_narrowing(tensor: Tensor) -> Tensor:
@@ -174,7 +193,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         originals = self._selection(adapter_name).read(weight)
         # 16-bit updates below half a unit in the last place would be lost: at least float32.
         master_dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.neft_vectors[adapter_name] = MasterVectors(originals.to(master_dtype, copy=True))
+        self.neft_vectors[adapter_name] = MasterVectors(
+            originals.to(master_dtype, copy=True), f"{self.name}, adapter {adapter_name!r}"
+        )
         others = [name for name in self.neft_vectors if name != adapter_name]
         self._overlapping = {pair for pair in self._overlapping if adapter_name not in pair}
         for other in others:
@@ -246,7 +267,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             self._check_disjoint(names)
             # Recorded before the first write, so that an interrupted one is still put back.
             self._resident = {name: self._selection(name).read(weight) for name in names}
-            self._resident_in_shares = self._is_sharded()
+            self._resident_in_shares = _is_sharded(self._base)
         self._stamp = None
         for name in names:
             self._selection(name).write(weight, self._vectors(name))
@@ -300,13 +321,9 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             return False
         return not _is_divided(weight)
 
-    def _is_sharded(self) -> bool:
-        """FSDP has the weight, whether it is gathered just now or not."""
-        return bool(vars(self._base).get("_is_fsdp_managed_module"))
-
     def _check_not_sharded_since(self) -> None:
         """The original values can be put into the whole weight and into gathered ones, not into shards."""
-        if self._resident and not self._resident_in_shares and self._is_sharded():
+        if self._resident and not self._resident_in_shares and _is_sharded(self._base):
             raise UsageError(
                 f"{self.name}: its weight held the vectors of {list(self._resident)} when it was sharded, and "
                 "now they are in the shards, where the original values cannot be put back. Build the model "
@@ -399,17 +416,11 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                 "of a frozen weight. Set requires_grad of the base weight to False, or train the "
                 "whole layer by modules_to_save instead."
             )
-        # What FSDP gathers in 16 bits for a pass comes from shares that keep their dtype.
+        # Where processes work together it was done before, see MasterVectors; DDP has buffers of the
+        # vectors' dtype by now, and would no longer share their gradients.
         for name in names if not _is_distributed() else ():
-            vectors = self._vectors(name)
-            if not _is_master(vectors.dtype):
-                warnings.warn(
-                    f"{self.name}: something cast the trained vectors of adapter {name!r} to "
-                    f"{vectors.dtype}, which rounded them once and would lose small updates; they are "
-                    "float32 again from here on.",
-                    stacklevel=2,
-                )
-                vectors.data = vectors.data.float()
+            if not _is_master(self._vectors(name).dtype):
+                cast("MasterVectors", self.neft_vectors[name]).widen()
 
     def _forward_training(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         base_layer = self._base
@@ -657,6 +668,11 @@ _EVALUATION = "evaluation"
 def _is_distributed() -> bool:
     """Whether several processes may share the weights."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP has the module's parameters, be they gathered just now or not."""
+    return bool(vars(module).get("_is_fsdp_managed_module"))
 
 
 def _is_divided(weight: Tensor) -> bool:

@@ -143,7 +143,9 @@ def test_adapters_that_overlap_in_the_last_layer_only_are_not_merged(tiny_model)
     )
     wrapped = with_second(adapted(model, first), second)
     for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
-        with pytest.raises(NeuronError, match=rf"{last}: adapters 'default' and 'other' train some"):
+        with pytest.raises(
+            NeuronError, match=rf"{last}: adapters 'default' and 'other' train some"
+        ):
             merge(adapter_names=["default", "other"])
         assert same_bits(base_state(wrapped), before)
 

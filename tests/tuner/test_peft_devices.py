@@ -230,7 +230,9 @@ def resident(tiny_model) -> PeftModel:
 def test_vectors_that_were_sharded_with_the_base(resident, mesh, use):
     wrapped = sharded(resident, mesh)
     for _ in range(2):
-        with pytest.raises(UsageError, match=r"held the vectors of \['default'\] when it was sharded"):
+        with pytest.raises(
+            UsageError, match=r"held the vectors of \['default'\] when it was sharded"
+        ):
             use(wrapped)
 
 

@@ -21,9 +21,8 @@ from neft.errors import ArchitectureError, UsageError
 from neft.neurons import Indices, Projection
 from neft.projections import is_stack_of_experts
 from neft.tuner.functional import ResidentLayer, write_through
-from neft.tuner.layer import NeftLinear
+from neft.tuner.layer import EVALUATION, NeftLinear
 
-_EVALUATION = "evaluation"
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -85,7 +84,7 @@ class NeftExpertMatrix(NeftLinear):
             if not self.disable_adapters:
                 return
             self.unmerge()
-        self._load(self._active(), _EVALUATION)
+        self._load(self._active(), EVALUATION)
 
     def restore(self) -> None:
         """Put the original values back, unless adapters are merged."""
@@ -213,9 +212,9 @@ class NeftExperts(nn.Module):
     def _check_in_one_place(self) -> None:
         if self._is_replica:
             raise UsageError(
-                f"{self.name}: nn.DataParallel has copied these experts to several devices, and NeFT would "
-                "write to the first only. Launch one process a device with torchrun, or let the process "
-                "see one device (CUDA_VISIBLE_DEVICES=0)."
+                f"{self.name}: nn.DataParallel has copied these experts to several devices, and NeFT "
+                "would write to the first only. Launch one process a device with torchrun, or let the "
+                "process see one device (CUDA_VISIBLE_DEVICES=0)."
             )
         if any(parameter.is_meta for parameter in self._base.parameters(recurse=False)):
             raise UsageError(

@@ -137,10 +137,14 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     """Wraps ``nn.Linear``, ``Conv1D`` or a quantized layer; see the module's docstring.
 
     The base weight read directly (``base_layer.weight``) is what the last forward pass used, but where
-    processes work together the original one; through ``state_dict()`` it is always that. In evaluation
-    the vectors are written once and again whenever their version counter or the mode (``train()``,
-    ``eval()``) changes. A write to ``vectors.data`` changes neither: call ``model.eval()`` after one, if
-    no training step comes between.
+    processes work together the original one; through ``state_dict()`` it is always that. Write to it by
+    ``load_state_dict()``, or after a pass with adapters disabled: what is written otherwise while vectors
+    are resident may lack them until the mode changes, and gets the old weight's values in their places
+    when they leave.
+
+    In evaluation the vectors are written once and again whenever their version counter or the mode
+    (``train()``, ``eval()``) changes. A write to ``vectors.data`` changes neither: call ``model.eval()``
+    after one, if no training step comes between.
 
     Args:
         base_layer: the frozen layer, one that ``check_supported`` lets pass.
@@ -255,23 +259,29 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             user: who loads. The weight is trusted to hold still what the same user wrote last, as far
                 as version counters tell; they do not see writes to ``vectors.data``.
         """
-        if names != tuple(self._resident):
-            self._restore()
-        weight: Tensor = self._base.weight
-        if not names:
-            return weight
-        stamp = self._stamp_of(names, user)
-        if stamp is not None and stamp == self._stamp:
-            return weight
-        if not self._resident:
-            self._check_disjoint(names)
-            # Recorded before the first write, so that an interrupted one is still put back.
-            self._resident = {name: self._selection(name).read(weight) for name in names}
-            self._resident_in_shares = _is_sharded(self._base)
-        self._stamp = None
-        for name in names:
-            self._selection(name).write(weight, self._vectors(name))
-        self._stamp = stamp
+        try:
+            if names != tuple(self._resident):
+                self._restore()
+            weight: Tensor = self._base.weight
+            if not names:
+                return weight
+            stamp = self._stamp_of(names, user)
+            if stamp is not None and stamp == self._stamp:
+                return weight
+            if not self._resident:
+                self._check_disjoint(names)
+                # Recorded before the first write, so that an interrupted one is still put back.
+                self._resident = {name: self._selection(name).read(weight) for name in names}
+                self._resident_in_shares = _is_sharded(self._base)
+            self._stamp = None
+            for name in names:
+                self._selection(name).write(weight, self._vectors(name))
+            self._stamp = stamp
+        except NotImplementedError as error:  # torchao's, of a weight that it put here since
+            raise UsageError(
+                f"{self.name}: its weight has become a {type(self._base.weight).__name__} since the "
+                "adapter was added, and cannot hold vectors. Quantize first, then add the adapter."
+            ) from error
         return weight
 
     def _stamp_of(self, names: tuple[str, ...], user: object) -> object:
@@ -296,7 +306,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self._settled = None
 
     def _release(self) -> None:
-        """Put the original values back at once where the weight, or this layer, may be for this use alone.
+        """Put the original values back at once where the weight or the layer may be for this use alone.
 
         Whoever gathers weights (FSDP, ZeRO) decides when they go, or come anew, and does not tell. Kept
         until then, the originals would also take memory in all layers at a time, in every process. A
@@ -322,19 +332,19 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         return not _is_divided(weight)
 
     def _check_not_sharded_since(self) -> None:
-        """The original values can be put into the whole weight and into gathered ones, not into shards."""
+        """The original values can be put into a whole weight or a gathered one, not into shards."""
         if self._resident and not self._resident_in_shares and _is_sharded(self._base):
             raise UsageError(
-                f"{self.name}: its weight held the vectors of {list(self._resident)} when it was sharded, and "
-                "now they are in the shards, where the original values cannot be put back. Build the model "
-                "anew, and before fully_shard call model.state_dict(), or unmerge_adapter() if one is merged."
+                f"{self.name}: its weight held the vectors of {list(self._resident)} when it was "
+                "sharded, and the originals cannot be put back into shards. Build the model anew and "
+                "call model.state_dict(), or unmerge_adapter() if merged, before fully_shard."
             )
 
     def _check_undivided(self) -> None:
         if _is_divided(self._base.weight):
             raise UsageError(
-                f"{self.name}: its weight is divided among processes. Add adapters before dividing it; to "
-                "merge one, save it and merge it in one process (neft merge ADAPTER --base MODEL)."
+                f"{self.name}: its weight is divided among processes. Add adapters before dividing it; "
+                "to merge one, save it and merge it in one process (neft merge ADAPTER --base MODEL)."
             )
 
     def _put_back(self, weight: Tensor) -> None:
@@ -373,7 +383,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             return self._forward_quantized(x, names)
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
-        self._load(names, _EVALUATION)
+        self._load(names, EVALUATION)
         self._settle(names)
         y = self._run(x)
         self._release()
@@ -662,7 +672,8 @@ def check_supported(layer: nn.Module, name: str) -> None:
         )
 
 
-_EVALUATION = "evaluation"
+EVALUATION = "evaluation"
+"""The user of a weight who wrote its vectors in a pass without gradients."""
 
 
 def _is_distributed() -> bool:

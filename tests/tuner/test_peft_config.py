@@ -118,6 +118,27 @@ def test_adapter_folder(tiny_model, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["lm_head", "up", "down", "q", "k", "v", "o"]])
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapter_of_the_output_head_holds_its_vectors_only(tiny_model, tmp_path, modules, merged):
+    """PEFT saves a head that it finds among its target modules whole, and loads it over another's."""
+    base = tiny_model(num_hidden_layers=4)
+    neurons = choose(base, modules=modules)
+    wrapped = adapted(base, neurons)
+    if merged:
+        wrapped.merge_adapter()
+    wrapped.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert sorted(tensors) == sorted(
+        f"base_model.model.{name}.neft_vectors.weight" for name in neurons.modules()
+    )
+    loaded = PeftModel.from_pretrained(tiny_model(num_hidden_layers=4), tmp_path)
+    assert torch.equal(logits(loaded), logits(wrapped))
+    other = PeftModel.from_pretrained(tiny_model(num_hidden_layers=4, seed=5), tmp_path)
+    with other.disable_adapter():
+        assert torch.equal(logits(other), logits(tiny_model(num_hidden_layers=4, seed=5)))
+
+
 def test_equal_adapters_make_equal_files(tiny_model, tmp_path):
     for folder in ("first", "second"):
         adapted(tiny_model()).save_pretrained(tmp_path / folder)
@@ -230,15 +251,6 @@ def test_tied_weight(tiny_model, as_dict):
     ):
         get_peft_model(model, config)
     assert not adapted_layers(model)
-
-
-def test_untied_head(tiny_model, tmp_path):
-    model = tiny_model()
-    wrapped = adapted(model, NeftConfig(neurons={"lm_head": [3, 5]}).resolve(model))
-    # PEFT saves the whole embeddings with an adapter that touches the head.
-    with pytest.warns(UserWarning, match="Setting `save_embedding_layers`"):
-        wrapped.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(wrapped))
 
 
 @pytest.mark.parametrize("saved", ["mlp", "up_proj", UP, "layers.0"])

@@ -117,15 +117,37 @@ def test_safe_merge_refuses_broken_vectors(tiny_model, value):
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     wrapped = adapted(model)
-    for parameter in vectors(wrapped).values():
-        parameter.data[1, 2] = value
-    # PEFT's own words, for whoever looks for them.
-    with pytest.raises(
-        NeuronError,
-        match=r"up_proj: NaNs detected in the merged weights\. The adapter default seem",
-    ):
-        wrapped.merge_adapter(safe_merge=True)
-    assert same_bits(base_state(wrapped), before)
+    last = list(vectors(wrapped).values())[-1]
+    last.data[1, 2] = value
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        # PEFT's own words, for whoever looks for them.
+        with pytest.raises(
+            NeuronError,
+            match=r"down_proj: NaNs detected in the merged weights\. The adapter default seem",
+        ):
+            merge(safe_merge=True)
+        assert same_bits(base_state(wrapped), before)
+    last.data[1, 2] = 0.0
+    wrapped.merge_adapter(safe_merge=True)
+    assert same_bits(base_state(wrapped), merged_by_hand(before, wrapped))
+
+
+def test_adapters_that_overlap_in_the_last_layer_only_are_not_merged(tiny_model):
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    first, apart = choose(model), choose(model, start=1)
+    last = first.modules()[-1]
+    second = NeuronSet(
+        first.projections.values(),
+        {name: (first if name == last else apart)[name] for name in first.modules()},
+    )
+    wrapped = with_second(adapted(model, first), second)
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        with pytest.raises(
+            NeuronError, match=rf"{last}: adapters 'default' and 'other' train some"
+        ):
+            merge(adapter_names=["default", "other"])
+        assert same_bits(base_state(wrapped), before)
 
 
 def test_merging_one_of_two_adapters_that_live_in_different_layers(tiny_model):
@@ -272,6 +294,38 @@ def test_a_name_may_be_used_again_for_other_neurons(tiny_model):
     wrapped.base_model.set_adapter(["other", "default"])
     with pytest.raises(NeuronError, match="adapters 'other' and 'default' train some"):
         logits(wrapped)
+
+
+OTHERS = {
+    "same counts": {"start": 1},
+    "other counts": {"every": 4},
+    "fewer modules": {"modules": ["*.0.*"]},
+}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+def test_wrapping_the_model_again_replaces_the_adapter(
+    tiny_model, tmp_path, family, other, merged, recwarn
+):
+    model = tiny_model(family)
+    plain, before = logits(model), copy.deepcopy(model.state_dict())
+    neurons = choose(model, **OTHERS[other])
+    first = adapted(model)
+    logits(first)  # the vectors are resident
+    if merged:
+        first.merge_adapter()
+    again = get_peft_model(model, NeftConfig(neurons=neurons)).eval()
+    assert any("Already found a `peft_config`" in str(found.message) for found in recwarn)
+    assert len(vectors(again)) == len(neurons.modules())
+    assert torch.equal(logits(again), plain)
+    move(again, seed=2)
+    output = logits(again)
+    assert same_bits(base_state(again), before)
+    again.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
+    assert torch.equal(logits(loaded), output)
 
 
 def test_rows_and_columns_of_one_weight_always_overlap(tiny_model):

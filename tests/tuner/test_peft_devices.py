@@ -23,6 +23,7 @@ from adapters import (
 )
 from peft import PeftModel, get_peft_model
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 from neft import NeftConfig
 from neft.errors import UsageError
@@ -148,8 +149,6 @@ def mesh() -> Iterator[distributed.DeviceMesh]:
 @pytest.mark.parametrize("reshard_after_forward", [True, False])
 def test_sharded_base(tiny_model, mesh, reshard_after_forward):
     """Gathered weights are fresh copies, maybe at an address that was used before."""
-    from torch.distributed.fsdp import fully_shard
-
     base = tiny_model()
     before = copy.deepcopy(base.state_dict())
     sharded = with_second(adapted(base), choose(base, every=2))
@@ -184,3 +183,72 @@ def test_sharded_base(tiny_model, mesh, reshard_after_forward):
     }
     assert same_bits(state, before)
     check()
+
+
+def sharded(model: PeftModel, mesh: distributed.DeviceMesh) -> PeftModel:
+    for module in (*model.get_base_model().model.layers, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def add_another(model: PeftModel) -> None:
+    neurons = model.peft_config["default"].neurons
+    model.add_adapter("other", NeftConfig(neurons=neurons))
+
+
+def first_layer(model: PeftModel) -> NeftLinear:
+    return next(module for module in model.modules() if isinstance(module, NeftLinear))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.merge_adapter(),
+        lambda model: model.merge_and_unload(),
+        add_another,
+        lambda model: first_layer(model).weight,
+    ],
+    ids=["merge_adapter", "merge_and_unload", "add_adapter", "weight"],
+)
+def test_what_shards_cannot_do(tiny_model, mesh, use):
+    wrapped = sharded(adapted(tiny_model()), mesh)
+    expected = logits(wrapped)
+    with pytest.raises(UsageError, match=r"up_proj: its weight is divided among .*\(neft merge"):
+        use(wrapped)
+    assert torch.equal(logits(wrapped), expected)
+
+
+@pytest.fixture
+def resident(tiny_model) -> PeftModel:
+    """After a pass while there was no process group."""
+    wrapped = adapted(tiny_model())
+    logits(wrapped)
+    return wrapped
+
+
+@pytest.mark.parametrize("use", [logits, nn.Module.state_dict, lambda model: model(input_ids=IDS)])
+def test_vectors_that_were_sharded_with_the_base(resident, mesh, use):
+    wrapped = sharded(resident, mesh)
+    for _ in range(2):
+        with pytest.raises(
+            UsageError, match=r"held the vectors of \['default'\] when it was sharded"
+        ):
+            use(wrapped)
+
+
+def test_merged_vectors_that_were_sharded_cannot_be_taken_out(resident, mesh):
+    expected = logits(resident)
+    resident.merge_adapter()
+    wrapped = sharded(resident, mesh)
+    assert torch.equal(logits(wrapped), expected)
+    with wrapped.disable_adapter(), pytest.raises(UsageError, match="unmerge_adapter"):
+        logits(wrapped)
+
+
+def test_vectors_that_were_taken_out_before_sharding(tiny_model, resident, mesh):
+    expected = logits(resident)
+    resident.state_dict()
+    wrapped = sharded(resident, mesh)
+    assert torch.equal(logits(wrapped), expected)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), logits(tiny_model()))

@@ -92,6 +92,16 @@ def test_merging_and_unmerging(tiny_model, model_type):
     assert same_bits(dict(wrapped.unload().state_dict()), dict(plain.state_dict()))
 
 
+def test_safe_merge_changes_no_layer_if_the_last_is_broken(tiny_model):
+    plain = tiny_model("mixtral")
+    wrapped = adapted(copy.deepcopy(plain))
+    list(vectors(wrapped).values())[-1].data[0, 0] = torch.nan
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        with pytest.raises(NeuronError, match=r"experts\.down_proj\.3: NaNs detected"):
+            merge(safe_merge=True)
+        assert same_bits(base_state(wrapped), dict(plain.state_dict()))
+
+
 @every_mixture
 def test_the_adapter_is_self_contained(tiny_model, model_type, tmp_path):
     plain = tiny_model(model_type)

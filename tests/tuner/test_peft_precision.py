@@ -18,6 +18,9 @@ from adapters import (
     vectors,
 )
 from peft import PeftModel, get_peft_model
+from torch import distributed
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from neft import NeftConfig
 
@@ -137,12 +140,50 @@ def test_a_trainer_that_casts_trainable_parameters_behind_our_back(tiny_model):
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
-    with pytest.warns(UserWarning, match="something cast the trained vectors of adapter 'default'"):
+    with pytest.warns(UserWarning, match="adapter 'default': something cast the trained vectors"):
         wrapped(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     assert dtypes(wrapped) == {torch.float32}
     wrapped(input_ids=IDS, labels=IDS).loss.backward()  # warns no more
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_such_a_trainer_that_goes_on_with_ddp(tiny_model, process_group):
+    model = tiny_model().to(torch.bfloat16)
+    wrapped = get_peft_model(model, NeftConfig(neurons=choose(model)))
+    for parameter in vectors(wrapped).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="adapter 'default': something cast the trained vectors"):
+        parallel = DistributedDataParallel(wrapped)
+    assert dtypes(wrapped) == {torch.float32}, "before the first pass: DDP's buffers have it too"
+    start = {name: p.detach().clone() for name, p in vectors(wrapped).items()}
+    train(parallel, lr=1e-6)
+    assert dtypes(wrapped) == {torch.float32}
+    for name, parameter in vectors(wrapped).items():
+        assert not torch.equal(parameter, start[name])
+
+
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_vectors_that_fsdp_gathers_in_16_bits_are_left_to_it(
+    tiny_model, process_group, reshard_after_forward
+):
+    wrapped = adapted(tiny_model())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(wrapped, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    logits(wrapped)
+    gathered = dtypes(wrapped)
+    assert gathered == {torch.float32 if reshard_after_forward else torch.bfloat16}
+    wrapped.train()
+    assert dtypes(wrapped) == gathered
+    wrapped(input_ids=IDS, labels=IDS).loss.backward()
+    assert dtypes(wrapped) == {torch.float32}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -400,3 +400,17 @@ def test_lora_over_the_same_base_keeps_its_gradient(tiny_model, tmp_path):
     tuned.train()(input_ids=IDS, labels=IDS).loss.backward()
     grads = [p.grad for n, p in tuned.named_parameters() if "lora_B" in n]
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("resident", [True, False])
+def test_quantizing_under_an_adapter(tiny_model, resident, enabled):
+    wrapped = get_peft_model(tiny_model(), NeftConfig(neurons=choose(tiny_model())))
+    if resident:
+        logits(wrapped)
+    torchao.quantize_(wrapped, torchao.Int8WeightOnlyConfig())
+    with (
+        torch.set_grad_enabled(enabled),
+        pytest.raises(UsageError, match=r"up_proj: .* a Int8Tensor .*Quantize first, then add"),
+    ):
+        wrapped(input_ids=IDS)

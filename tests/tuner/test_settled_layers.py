@@ -135,11 +135,47 @@ def test_merged_and_unmerged(model: Any) -> None:
     assert torch.equal(run(model), expected(weight, layer(model).bias, ROWS["other"], 2.0))
 
 
-def test_another_base_weight_receives_the_vectors(model: Any) -> None:
+def replace_base(model: Any, weight: Tensor) -> None:
+    layer(model).base_layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+
+
+@torch.no_grad()
+def overwrite_base(model: Any, weight: Tensor) -> None:
+    layer(model).base_layer.weight.copy_(weight)
+    model.eval()
+
+
+every_write = pytest.mark.parametrize("write", [replace_base, overwrite_base])
+
+
+@every_write
+def test_another_base_weight_receives_the_vectors(
+    model: Any, write: Callable[[Any, Tensor], None]
+) -> None:
+    """But gets the old values in their places when they leave, as the layer's documentation says."""
+    old = layer(model).state_dict()["base_layer.weight"].clone()
     run(model)
     weight = torch.full((6, 4), 7.0)
-    layer(model).base_layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    write(model, weight)
     assert torch.equal(run(model), expected(weight, layer(model).bias, ROWS["default"], 1.0))
+    with model.disable_adapter():
+        weight[ROWS["default"]] = old[ROWS["default"]]
+        assert torch.equal(run(model), expected(weight, layer(model).bias, [], 0.0))
+
+
+@every_write
+def test_another_base_weight_that_comes_while_no_vectors_are_resident(
+    model: Any, write: Callable[[Any, Tensor], None]
+) -> None:
+    run(model)
+    weight = torch.full((6, 4), 7.0)
+    with model.disable_adapter():
+        run(model)
+        write(model, weight)
+        assert torch.equal(run(model), expected(weight, layer(model).bias, [], 0.0))
+    assert torch.equal(run(model), expected(weight, layer(model).bias, ROWS["default"], 1.0))
+    with model.disable_adapter():
+        assert torch.equal(run(model), expected(weight, layer(model).bias, [], 0.0))
 
 
 def test_cast_base_weight(model: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from peft.config import PeftConfig
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.peft_types import PeftType
 from torch import nn
 
@@ -38,7 +39,8 @@ class NeftConfig(PeftConfig):
     neurons: NeuronSet | str | os.PathLike[str] | dict[str, Any] | None = None
     axes: dict[str, str] | None = None
     modules_to_save: list[str] | None = None
-    # PEFT reads the names of the adapted modules here; the neurons tell them.
+    # PEFT reads the names of the adapted modules here; the neurons tell them. An output head is left out:
+    # PEFT would save it whole beside its vectors, and load it over that of any other base.
     target_modules: set[str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +72,11 @@ class NeftConfig(PeftConfig):
 
     def _set_target_modules(self) -> None:
         if isinstance(self.neurons, NeuronSet):
-            self.target_modules = set(self.neurons.by_module)
+            self.target_modules = {
+                name
+                for name in self.neurons.by_module
+                if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES
+            }
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, the neurons as one bitmap a projection."""

@@ -21,9 +21,8 @@ from neft.errors import ArchitectureError, UsageError
 from neft.neurons import Indices, Projection
 from neft.projections import is_stack_of_experts
 from neft.tuner.functional import ResidentLayer, write_through
-from neft.tuner.layer import NeftLinear
+from neft.tuner.layer import EVALUATION, NeftLinear
 
-_EVALUATION = "evaluation"
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -85,7 +84,7 @@ class NeftExpertMatrix(NeftLinear):
             if not self.disable_adapters:
                 return
             self.unmerge()
-        self._load(self._active(), _EVALUATION)
+        self._load(self._active(), EVALUATION)
 
     def restore(self) -> None:
         """Put the original values back, unless adapters are merged."""
@@ -105,6 +104,8 @@ class NeftExperts(nn.Module):
         base_layer: the frozen experts, which ``check_experts_supported`` lets pass.
         name: their module name, for errors.
     """
+
+    _is_replica = False  # nn.DataParallel sets it on its copies
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class NeftExperts(nn.Module):
             top_k_index: which experts each token goes to, ``[T, k]``.
             top_k_weights: what their outputs are multiplied with, ``[T, k]``.
         """
-        self._check_in_memory()
+        self._check_in_one_place()
         if torch.is_grad_enabled():
             self._check_frozen()
             return self._forward_training(hidden_states, top_k_index, top_k_weights)
@@ -208,7 +209,13 @@ class NeftExperts(nn.Module):
         )
         return write_through(x, matrix.bias, resident, [], [])
 
-    def _check_in_memory(self) -> None:
+    def _check_in_one_place(self) -> None:
+        if self._is_replica:
+            raise UsageError(
+                f"{self.name}: nn.DataParallel has copied these experts to several devices, and NeFT "
+                "would write to the first only. Launch one process a device with torchrun, or let the "
+                "process see one device (CUDA_VISIBLE_DEVICES=0)."
+            )
         if any(parameter.is_meta for parameter in self._base.parameters(recurse=False)):
             raise UsageError(
                 f"{self.name}: these experts are offloaded to the meta device, where no neurons can be "

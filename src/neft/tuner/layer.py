@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -39,13 +39,32 @@ class MasterVectors(nn.Module):
 
     Args:
         vectors: initial values ``[K, L]``.
+        owner: layer and adapter, for warnings.
     """
 
     # A module, and its parameter is called weight, because trainers look for ".<adapter>." in parameter
     # names (TRL does to copy a trained adapter into DPO's reference).
-    def __init__(self, vectors: Tensor) -> None:
+    def __init__(self, vectors: Tensor, owner: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(vectors)
+        self._owner = owner
+
+    def widen(self) -> None:
+        """Undo a cast of ``weight.data`` (TRL's over a quantized base) as far as possible, and warn."""
+        # What FSDP gathers in 16 bits for a pass comes from shares that keep their dtype.
+        if _is_master(self.weight.dtype) or _is_sharded(self):
+            return
+        warnings.warn(
+            f"{self._owner}: something cast the trained vectors to {self.weight.dtype}, which rounded "
+            "them once and would lose small updates; they are float32 again from here on.",
+            stacklevel=2,
+        )
+        self.weight.data = self.weight.data.float()
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As any module's; DDP and FSDP ask each module for its own before they lay out buffers."""
+        self.widen()
+        return super().named_parameters(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MasterVectors:
         def without_narrowing(tensor: Tensor) -> Tensor:
@@ -118,10 +137,14 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     """Wraps ``nn.Linear``, ``Conv1D`` or a quantized layer; see the module's docstring.
 
     The base weight read directly (``base_layer.weight``) is what the last forward pass used, but where
-    processes work together the original one; through ``state_dict()`` it is always that. In evaluation
-    the vectors are written once and again whenever their version counter or the mode (``train()``,
-    ``eval()``) changes. A write to ``vectors.data`` changes neither: call ``model.eval()`` after one, if
-    no training step comes between.
+    processes work together the original one; through ``state_dict()`` it is always that. Write to it by
+    ``load_state_dict()``, or after a pass with adapters disabled: what is written otherwise while vectors
+    are resident may lack them until the mode changes, and gets the old weight's values in their places
+    when they leave.
+
+    In evaluation the vectors are written once and again whenever their version counter or the mode
+    (``train()``, ``eval()``) changes. A write to ``vectors.data`` changes neither: call ``model.eval()``
+    after one, if no training step comes between.
 
     Args:
         base_layer: the frozen layer, one that ``check_supported`` lets pass.
@@ -130,6 +153,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("neft_vectors",)
     other_param_names = ("neft_indices", "neft_projections")
+    # nn.DataParallel sets it on its copies; here, because looking up what is missing takes a module long.
+    _is_replica = False
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -149,6 +174,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         # Adapters whose vectors the base weight holds now, with the original values in their places. Read
         # when the vectors move in, not when the adapter is made: until then, weights may be loaded.
         self._resident: dict[str, Tensor] = {}
+        self._resident_in_shares = False
         # What the resident vectors were when they were written, and for whom.
         self._stamp: object = None
         self._settled: _Settled | None = None
@@ -162,7 +188,8 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         return base
 
     def update_layer(self, adapter_name: str, projection: Projection, indices: Indices) -> None:
-        """Add an adapter whose vectors start as the base layer's own."""
+        """Add an adapter whose vectors start as the base layer's own; one of this name is replaced."""
+        self.drop(adapter_name)
         weight = self._original_weight()
         self.neft_projections[adapter_name] = projection
         device = torch.device("cpu") if weight.is_meta else weight.device
@@ -170,12 +197,27 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         originals = self._selection(adapter_name).read(weight)
         # 16-bit updates below half a unit in the last place would be lost: at least float32.
         master_dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.neft_vectors[adapter_name] = MasterVectors(originals.to(master_dtype, copy=True))
+        self.neft_vectors[adapter_name] = MasterVectors(
+            originals.to(master_dtype, copy=True), f"{self.name}, adapter {adapter_name!r}"
+        )
         others = [name for name in self.neft_vectors if name != adapter_name]
         self._overlapping = {pair for pair in self._overlapping if adapter_name not in pair}
         for other in others:
             if self._overlap(adapter_name, other):
                 self._overlapping |= {(adapter_name, other), (other, adapter_name)}
+
+    def drop(self, adapter_name: str) -> None:
+        """Forget an adapter, if there is one of this name; which names are active stays as it is."""
+        if adapter_name not in self.neft_vectors:
+            return
+        if adapter_name in self._resident:
+            # What tells where its original values belong is about to go.
+            if self.merged:
+                self.unmerge()
+            else:
+                self._restore()
+        for kept in (self.neft_vectors, self.neft_indices, self.neft_projections):
+            del kept[adapter_name]
 
     def _selection(self, adapter_name: str) -> Selection:
         projection = self.neft_projections[adapter_name]
@@ -217,27 +259,35 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             user: who loads. The weight is trusted to hold still what the same user wrote last, as far
                 as version counters tell; they do not see writes to ``vectors.data``.
         """
-        if names != tuple(self._resident):
-            self._restore()
-        weight: Tensor = self._base.weight
-        if not names:
-            return weight
-        stamp = self._stamp_of(names, user)
-        if stamp is not None and stamp == self._stamp:
-            return weight
-        if not self._resident:
-            self._check_disjoint(names)
-            # Recorded before the first write, so that an interrupted one is still put back.
-            self._resident = {name: self._selection(name).read(weight) for name in names}
-        self._stamp = None
-        for name in names:
-            self._selection(name).write(weight, self._vectors(name))
-        self._stamp = stamp
+        try:
+            if names != tuple(self._resident):
+                self._restore()
+            weight: Tensor = self._base.weight
+            if not names:
+                return weight
+            stamp = self._stamp_of(names, user)
+            if stamp is not None and stamp == self._stamp:
+                return weight
+            if not self._resident:
+                self._check_disjoint(names)
+                # Recorded before the first write, so that an interrupted one is still put back.
+                self._resident = {name: self._selection(name).read(weight) for name in names}
+                self._resident_in_shares = _is_sharded(self._base)
+            self._stamp = None
+            for name in names:
+                self._selection(name).write(weight, self._vectors(name))
+            self._stamp = stamp
+        except NotImplementedError as error:  # torchao's, of a weight that it put here since
+            raise UsageError(
+                f"{self.name}: its weight has become a {type(self._base.weight).__name__} since the "
+                "adapter was added, and cannot hold vectors. Quantize first, then add the adapter."
+            ) from error
         return weight
 
     def _stamp_of(self, names: tuple[str, ...], user: object) -> object:
         """Changes with the vectors and with the weight they are in; None if that cannot be told."""
         if _is_distributed():
+            self._check_not_sharded_since()
             # Sharded weights are gathered anew, maybe at the same address, and count no version.
             return None
         vectors = [self._vectors(name) for name in names]
@@ -248,6 +298,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _restore(self) -> None:
         """Put the original values back."""
+        self._check_not_sharded_since()
         if self._is_whole():
             self._put_back(self._base.weight)
         self._resident = {}
@@ -255,34 +306,57 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         self._settled = None
 
     def _release(self) -> None:
-        """Put the original values back at once where the weight may be gathered for this use alone.
+        """Put the original values back at once where the weight or the layer may be for this use alone.
 
         Whoever gathers weights (FSDP, ZeRO) decides when they go, or come anew, and does not tell. Kept
-        until then, the originals would also take memory in all layers at a time, in every process.
+        until then, the originals would also take memory in all layers at a time, in every process. A
+        replica of ``nn.DataParallel`` may share the weight, and is thrown away with what it remembers.
         """
-        if _is_distributed():
+        if self._is_replica or _is_distributed():
             self._restore()
+
+    def _replicate_for_data_parallel(self) -> NeftLinear:
+        # The weights have been copied already, with whatever is resident in them. Every replica puts that
+        # back, and one of them into the weight of this layer, which must not rely on it any longer.
+        self._stamp = self._settled = None
+        if self.disable_adapters:
+            self.merged_adapters = []
+        replica: NeftLinear = super()._replicate_for_data_parallel()
+        return replica
 
     def _is_whole(self) -> bool:
         """The base weight itself is here; a shard (FSDP, ZeRO) or a name on meta never held vectors."""
         weight = self._base.weight
         if weight.is_meta or weight.numel() != self.in_features * self.out_features:
             return False
-        if not torch.distributed.is_available():
-            return True
-        from torch.distributed.tensor import DTensor
+        return not _is_divided(weight)
 
-        return not isinstance(weight, DTensor)
+    def _check_not_sharded_since(self) -> None:
+        """The original values can be put into a whole weight or a gathered one, not into shards."""
+        if self._resident and not self._resident_in_shares and _is_sharded(self._base):
+            raise UsageError(
+                f"{self.name}: its weight held the vectors of {list(self._resident)} when it was "
+                "sharded, and the originals cannot be put back into shards. Build the model anew and "
+                "call model.state_dict(), or unmerge_adapter() if merged, before fully_shard."
+            )
+
+    def _check_undivided(self) -> None:
+        if _is_divided(self._base.weight):
+            raise UsageError(
+                f"{self.name}: its weight is divided among processes. Add adapters before dividing it; "
+                "to merge one, save it and merge it in one process (neft merge ADAPTER --base MODEL)."
+            )
 
     def _put_back(self, weight: Tensor) -> None:
         for name, originals in self._resident.items():
-            self._selection(name).write(weight, originals)
+            self._selection(name).write(weight, originals.to(weight.device))
 
     @torch.no_grad()
     def _original_weight(self) -> Tensor:
         """The base weight without vectors; a copy if it holds some, or is quantized."""
         if self._quantized:
             return dequantized(self._base)
+        self._check_undivided()
         weight: Tensor = self._base.weight.detach()
         if self._resident:
             weight = weight.clone()
@@ -309,7 +383,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             return self._forward_quantized(x, names)
         if torch.is_grad_enabled():
             return self._forward_training(x, names)
-        self._load(names, _EVALUATION)
+        self._load(names, EVALUATION)
         self._settle(names)
         y = self._run(x)
         self._release()
@@ -352,17 +426,11 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                 "of a frozen weight. Set requires_grad of the base weight to False, or train the "
                 "whole layer by modules_to_save instead."
             )
-        # What FSDP gathers in 16 bits for a pass comes from shares that keep their dtype.
+        # Where processes work together it was done before, see MasterVectors; DDP has buffers of the
+        # vectors' dtype by now, and would no longer share their gradients.
         for name in names if not _is_distributed() else ():
-            vectors = self._vectors(name)
-            if not _is_master(vectors.dtype):
-                warnings.warn(
-                    f"{self.name}: something cast the trained vectors of adapter {name!r} to "
-                    f"{vectors.dtype}, which rounded them once and would lose small updates; they are "
-                    "float32 again from here on.",
-                    stacklevel=2,
-                )
-                vectors.data = vectors.data.float()
+            if not _is_master(self._vectors(name).dtype):
+                cast("MasterVectors", self.neft_vectors[name]).widen()
 
     def _forward_training(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         base_layer = self._base
@@ -457,22 +525,42 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         ]
         if not names:
             return
-        if self._quantized:
+        self.check_mergeable(safe_merge, names)
+        self._load((*self.merged_adapters, *names), user=object())
+        self.merged_adapters.extend(names)
+
+    def check_mergeable(
+        self, safe_merge: bool, adapter_names: list[str] | None, *, dequantizes: bool = False
+    ) -> None:
+        """Whether ``merge`` would go through; a model asks all its layers before it changes any.
+
+        Args:
+            safe_merge: check that the vectors are finite.
+            adapter_names: default: the active adapters.
+            dequantizes: a quantized layer will have been replaced by a plain one.
+
+        Raises:
+            NeuronError: adapters that overlap, or hold values that are not finite.
+            UsageError: a weight that cannot hold vectors.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in wanted if n in self.neft_vectors and n not in self.merged_adapters]
+        if not names:
+            return
+        if self._quantized and not dequantizes:
             raise UsageError(
                 f"{self.name}: its quantized weight cannot hold the vectors of {names} unrounded. "
                 "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit "
                 "base, run neft merge ADAPTER --base MODEL."
             )
-        together = (*self.merged_adapters, *names)
-        self._check_disjoint(together)
+        self._check_undivided()
+        self._check_disjoint((*self.merged_adapters, *names))
         for name in names if safe_merge else ():
             if not torch.isfinite(self._vectors(name)).all():
                 raise NeuronError(
                     f"{self.name}: NaNs detected in the merged weights. The adapter {name} seems to be "
-                    "broken: some of its vectors hold NaN or infinite values. This layer was not merged."
+                    "broken: some of its vectors hold NaN or infinite values. Nothing was merged."
                 )
-        self._load(together, user=object())
-        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the original values back, bit for bit."""
@@ -518,6 +606,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
         if self.merged or self._out_of_reach() or self._quantized:
             weight: Tensor = self._base.weight
             return weight
+        self._check_undivided()
         return self._load(self._active(), user=object())
 
     @torch.no_grad()
@@ -583,12 +672,27 @@ def check_supported(layer: nn.Module, name: str) -> None:
         )
 
 
-_EVALUATION = "evaluation"
+EVALUATION = "evaluation"
+"""The user of a weight who wrote its vectors in a pass without gradients."""
 
 
 def _is_distributed() -> bool:
     """Whether several processes may share the weights."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP has the module's parameters, be they gathered just now or not."""
+    return bool(vars(module).get("_is_fsdp_managed_module"))
+
+
+def _is_divided(weight: Tensor) -> bool:
+    """Whether each process holds a part of it, outside of the passes that gather it."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
 
 
 def _is_master(dtype: torch.dtype) -> bool:

@@ -48,13 +48,17 @@ class NeftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Put the layers of an adapter in place; see PEFT's."""
+        """Put the layers of an adapter in place; see PEFT's. One of this name is replaced."""
         if state_dict is not None:
             # PEFT reads the modules to adapt off the tensors' names; experts share one.
             state_dict = _named_by_module(state_dict, self.peft_config[adapter_name].neurons)
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
+        neurons = self.peft_config[adapter_name].neurons
+        for _, layer in neft_layers(model):
+            if layer.name not in neurons.projections:
+                layer.drop(adapter_name)
 
     @staticmethod
     def _check_target_module_exists(peft_config: NeftConfig, key: str) -> bool:
@@ -135,6 +139,20 @@ class NeftModel(BaseTuner):
             )
         return tensors
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Leave the vectors in the weights until ``unmerge_adapter``: in all layers, or in none."""
+        self._check_mergeable(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_mergeable(
+        self, safe_merge: bool, adapter_names: list[str] | None, *, dequantizes: bool = False
+    ) -> None:
+        for _, layer in neft_layers(self.model):
+            with onload_layer(layer):
+                layer.check_mergeable(safe_merge, adapter_names, dequantizes=dequantizes)
+
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -146,6 +164,7 @@ class NeftModel(BaseTuner):
         Quantized layers that get some become plain ones of the model's dtype: quantized again, the weight
         would hold the vectors rounded to 4 or 8 bits.
         """
+        self._check_mergeable(safe_merge, adapter_names, dequantizes=True)
         self._dequantize_merged(adapter_names)
         plain: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return plain

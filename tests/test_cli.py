@@ -38,6 +38,12 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        name: (folder / name).read_bytes() for name in files(folder) if (folder / name).is_file()
+    }
+
+
 @pytest.fixture
 def scores(tmp_path: Path) -> Path:
     projections = [
@@ -131,8 +137,52 @@ def test_unusable_output(tiny_recipe, tmp_path) -> None:
     recipe = tiny_recipe(tmp_path)
     (tmp_path / "file").write_text("")
     result = call("run", recipe, "--set", f"output={tmp_path}/file/run")
-    assert result.exit_code == 1
-    assert result.stderr == f"error: {tmp_path}/file/run: Not a directory.\n"
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: {tmp_path}/file/run: cannot be made, as {tmp_path}/file is a file. Choose another "
+        "output folder.\n"
+    )
+    result = call("run", recipe, "--set", f"output={recipe}")
+    assert result.exit_code == 2
+    assert f"{recipe}: is a file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("select {scores} --count 3 -o {scores}", "should end in .json"),
+        ("select {neurons} --count 3 -o {neurons}", "belongs to what this command reads"),
+        ("select {scores} --count 3 -o {tmp}", "should end in .json"),
+        ("select {scores} --count 3 -o {tmp}/dir.json", "dir.json: is a folder"),
+        ("select {scores} --count 3 -o {scores}/n.json", "scores.safetensors: is a file"),
+        ("neurons union {neurons} {other} -o {scores}", "should end in .json"),
+        ("neurons union {neurons} {other} -o {other}", "belongs to what this command reads"),
+        ("neurons convert {neurons} -o {neurons} --to csv", "belongs to what"),
+        ("neurons convert {neurons} -o {recipe} --to csv", "in .json or .csv or .txt"),
+        ("neurons overlap {neurons} {other} -o {tmp}/o.txt", "in .csv or .parquet"),
+        ("analyze overlap {neurons} {other} -o {tmp}/other.csv", "other.json: belongs to"),
+        ("score --recipe {recipe} -o {recipe}", "should end in .safetensors"),
+        ("score --recipe {recipe} -o {tmp}/dir.safetensors", "dir.safetensors: is a folder"),
+        ("score {model} {model} -o {model}/model.safetensors", "belongs to what"),
+        ("diff {model} {model} --plot {tmp}/map.pdf", "should end in .png or .svg"),
+        ("report {tmp} -o {recipe}", "should end in .html"),
+        ("plot change {tmp} -o {recipe}/change", "recipe.yaml: is a file"),
+    ],
+)
+def test_outputs_that_must_not_be_written(tiny_recipe, scores, tmp_path, command, message) -> None:
+    recipe = tiny_recipe(tmp_path)
+    neurons = NeuronScores.load(scores).select(count=2)
+    places = {"neurons": tmp_path / "neurons.json", "other": tmp_path / "other.json"}
+    for place in places.values():
+        neurons.save(place)
+    for name in ("dir.json", "dir.safetensors"):
+        (tmp_path / name).mkdir()
+    before = contents(tmp_path)
+    names = {"tmp": tmp_path, "recipe": recipe, "scores": scores, "model": tmp_path / "model"}
+    result = call(*command.format_map(names | places).split())
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert contents(tmp_path) == before
 
 
 def test_interrupt(tmp_path, monkeypatch) -> None:
@@ -483,9 +533,9 @@ def test_score_of_other_modules(finished, tmp_path) -> None:
         == 0
     )
     assert {p.role for p in NeuronScores.load(scores).projections.values()} == {"o", "q"}
-    refused = call("score", *models, "-o", tmp_path / "none", "--modules", "qkv")
+    refused = call("score", *models, "-o", tmp_path / "none.safetensors", "--modules", "qkv")
     assert refused.exit_code == 2
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_train_alone(finished, tmp_path) -> None:

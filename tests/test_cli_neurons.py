@@ -391,7 +391,7 @@ def test_diff(models, tmp_path) -> None:
 
 def test_diff_refuses(models, tiny_model, tmp_path) -> None:
     error = refused("diff", *models, "--plot", tmp_path / "map.pdf")
-    assert "map.pdf: a figure is a .png or .svg file" in error
+    assert "map.pdf: the output should end in .png or .svg" in error
     tiny_model(intermediate_size=48).save_pretrained(tmp_path / "other")
     assert "has shape [48, 32]" in refused("diff", models[0], tmp_path / "other")
     assert "nowhere: no such folder" in refused("diff", models[0], "./nowhere")

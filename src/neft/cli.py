@@ -20,6 +20,7 @@ from neft.commands.shared import (
     Overwrite,
     RecipeFile,
     Settings,
+    check_output,
     guarded,
     log,
     print_json,
@@ -248,7 +249,9 @@ def score(
         str | None, typer.Argument(help="The original checkpoint: a folder or Hub id.")
     ] = None,
     after: Annotated[str | None, typer.Argument(help="The same after fine-tuning.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("scores.safetensors"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .safetensors file.")] = Path(
+        "scores.safetensors"
+    ),
     method: Annotated[
         Finding | None,
         typer.Option(help="See above. Default: cosine, or what the recipe says."),
@@ -286,6 +289,8 @@ def score(
     from neft.pipeline.finding import find, find_in_weights, with_method
     from neft.pipeline.info import describe_scores
 
+    inputs = [given for given in (before, after, recipe) if given is not None]
+    check_output(output, (".safetensors",), inputs)
     if recipe is None:
         scores = find_in_weights(before, after, method or "cosine", modules)
         scores.save(output)
@@ -328,13 +333,16 @@ def select(
             help="Leave out what moved no more than rounding to 16 bits moves it.",
         ),
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("neurons.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .json file.")] = Path(
+        "neurons.json"
+    ),
 ) -> None:
     """Choose neurons by their scores."""
     from neft.console import show_info
     from neft.neurons import NeuronScores
     from neft.pipeline.info import describe_neurons
 
+    check_output(output, (".json",), [scores])
     neurons = NeuronScores.load(scores).select(
         percent=percent,
         count=count,
@@ -410,10 +418,10 @@ def diff(
     from neft.analysis.diff import diff_table, summarized
     from neft.checkpoints import open_weights
     from neft.console import show_diff
-    from neft.report.diff_figure import check_figure_path, save_change_map
+    from neft.report.diff_figure import save_change_map
 
     if plot is not None:
-        check_figure_path(plot)
+        check_output(plot, (".png", ".svg"), (before, after))
     table = diff_table(open_weights(before), open_weights(after))
     if plot is not None:
         save_change_map(table, plot)
@@ -520,13 +528,16 @@ def report(
         Path,
         typer.Argument(help="The output folder of a run or comparison.", show_default=False),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="An .html file.")] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Write one self-contained HTML page about a run or a comparison."""
     from neft.files import write_text
     from neft.report.page import render_report
     from neft.report.run_data import read_run
 
+    check_output(output, (".html",), ())
     write_text(output, render_report(read_run(run)))
     typer.echo(output)
 
@@ -543,8 +554,11 @@ def plot(
     ] = None,
 ) -> None:
     """Draw one figure of a run as PNG and SVG."""
+    from neft.files import check_folder
     from neft.report.plots import save_plot
     from neft.report.run_data import read_run
 
-    for file in save_plot(read_run(run), name, output or Path(name)):
+    stem = output or Path(name)
+    check_folder(stem.parent)
+    for file in save_plot(read_run(run), name, stem):
         typer.echo(file)

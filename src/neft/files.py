@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from neft.errors import UsageError
+
 
 def sync(path: Path) -> None:
     """Force a file, or the entries of a folder, from the system's cache to the disk."""
@@ -57,22 +59,41 @@ def follow_umask(file: Path) -> None:
     file.chmod(0o666 & ~umask)
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder in which nothing can be written, before any work is done for it.
+
+    Raises:
+        UsageError: it is no folder, cannot be made, or belongs to somebody else.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        reason = "is a file" if there == folder else f"cannot be made, as {there} is a file"
+        raise UsageError(f"{folder}: {reason}. Choose another output folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{there}: may not be written in. Choose another output folder.")
+
+
 @contextmanager
 def replaced_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed into place.
 
     A reader, or a process killed at any moment, sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: names ``path``, where it is the temporary file that cannot be made or renamed.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part")
+    with _named(final):
+        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part")
     os.close(handle)
     part = Path(name)
     try:
         yield part
-        follow_umask(part)
-        sync(part)
-        part.replace(final)
+        with _named(final):
+            follow_umask(part)
+            sync(part)
+            part.replace(final)
         sync(final.parent)
     finally:
         part.unlink(missing_ok=True)
@@ -91,6 +112,15 @@ def changed_files(folder: Path, sizes: Mapping[str, int]) -> list[str]:
         for name, size in sizes.items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != size
     ]
+
+
+@contextmanager
+def _named(final: Path) -> Iterator[None]:
+    """Let errors about a temporary file name the one that the user knows."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(final)) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

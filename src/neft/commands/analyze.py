@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from neft.commands.shared import AsJson, guarded, print_json
+from neft.commands.shared import AsJson, check_output, guarded, print_json
 
 app = typer.Typer(help="Look at what training did to the neurons of a run.", no_args_is_help=True)
 
@@ -90,6 +90,10 @@ def overlap(
     from neft.neurons import NeuronScores
     from neft.pipeline.selection import load_selection
 
+    if output is not None:
+        check_output(output, (".csv", ".parquet"), selections)
+        if output.suffix == ".csv":  # beside which a .json file says what it was computed from
+            check_output(output.with_suffix(".json"), (".json",), selections)
     chosen = {str(path): load_selection(path) for path in selections}
     with_scores = any(isinstance(found, NeuronScores) for found in chosen.values())
     table = overlap_table(

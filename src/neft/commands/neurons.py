@@ -8,14 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from neft.commands.analyze import overlap
-from neft.commands.shared import AsJson, guarded, print_json
+from neft.commands.shared import AsJson, check_output, guarded, print_json
 
 app = typer.Typer(help="Combine, compare, show and convert neuron sets.", no_args_is_help=True)
 
 _Set = Annotated[
     Path, typer.Argument(metavar="SET", help="A neuron set or an adapter.", show_default=False)
 ]
-_Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
 
 _OPERATIONS = {
     "union": "Neurons that are in any of the sets (NeFT_Union).",
@@ -40,11 +39,14 @@ def _add_operation(name: str, text: str) -> None:
                 help="Two or more of one model: neuron sets, adapters.", show_default=False
             ),
         ],
-        output: _Output = Path("neurons.json"),
+        output: Annotated[Path, typer.Option("--output", "-o", help="A .json file.")] = Path(
+            "neurons.json"
+        ),
     ) -> None:
         from neft.console import show_info
         from neft.pipeline import neuron_sets
 
+        check_output(output, (".json",), sets)
         result = neuron_sets.combine(name, sets)
         result.save(output)
         sizes = {str(path): len(neuron_sets.load_neurons(path)) for path in sets}
@@ -87,7 +89,9 @@ def convert(
             show_default=False,
         ),
     ],
-    output: _Output,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)
+    ],
     to: Annotated[
         Literal["neft", "authors", "csv"] | None,
         typer.Option(
@@ -106,6 +110,7 @@ def convert(
     from neft.console import show_info
     from neft.pipeline.neuron_formats import output_format, read_neurons, write_neurons
 
+    check_output(output, (".json", ".csv", ".txt"), [neurons])
     wanted = output_format(output, to)
     chosen = read_neurons(neurons, model)
     write_neurons(chosen, output, wanted)

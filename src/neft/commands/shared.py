@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
@@ -14,6 +14,7 @@ import typer
 
 from neft import processes
 from neft.errors import NeftError, UsageError
+from neft.files import check_folder
 
 log = logging.getLogger("neft")
 """Every message of this package goes here."""
@@ -106,6 +107,38 @@ def _reported(error: BaseException) -> int:
                 "Run the command again with --debug to see where it comes from."
             )
             return 1
+
+
+def check_output(path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path]) -> None:
+    """Refuse a file that cannot be written, or must not be, before any work is done for it.
+
+    Args:
+        path: the file; one that is there already is replaced.
+        suffixes: those that such a file may have.
+        inputs: what the command reads: files, or folders of which every file counts.
+
+    Raises:
+        UsageError: another suffix, a folder, an input, or a place where nothing can be written.
+    """
+    if path.suffix not in suffixes:
+        raise UsageError(f"{path}: the output should end in {' or '.join(suffixes)}.")
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file in it with --output.")
+    for given in inputs:
+        if path.exists() and _is_part(path, Path(given).expanduser()):
+            raise UsageError(
+                f"{path}: belongs to what this command reads ({given}), and would be replaced. Choose "
+                "another output."
+            )
+    check_folder(path.parent)
+
+
+def _is_part(file: Path, given: Path) -> bool:
+    """Whether ``file`` is ``given``, or lies in that folder."""
+    if given.is_dir():
+        folder = file.parent.resolve()
+        return given.resolve() in (folder, *folder.parents)
+    return given.exists() and file.samefile(given)
 
 
 def print_json(value: Any) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from neft.errors import RunError, UsageError
-from neft.files import changed_files, file_sizes, sync, write_json
+from neft.files import changed_files, check_folder, file_sizes, sync, write_json
 from neft.pipeline.provenance import machine, package_versions, source_commit
 from neft.pipeline.stage import Stage
 
@@ -217,10 +217,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a working folder that becomes ``path`` in the end, or nothing at all.
 
     Raises:
-        UsageError: ``path`` is there already.
+        UsageError: ``path`` is there already, or cannot be made.
     """
     if _holds_something(path):
         raise UsageError(f"{path}: exists already. Move it, or choose another folder.")
+    check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     working = path.with_name(f".{path.name}.{os.getpid()}.partial")
     working.mkdir()
@@ -238,8 +239,10 @@ def locked(lock: Path) -> Iterator[None]:
     """Hold ``lock`` against all other processes; the kernel lets go of it when this one dies.
 
     Raises:
+        UsageError: its folder cannot be made, or written in.
         RunError: another process holds it.
     """
+    check_folder(lock.parent)
     made_folder = not lock.parent.exists()
     lock.parent.mkdir(parents=True, exist_ok=True)
     handle = _acquire(lock)

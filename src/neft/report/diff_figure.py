@@ -8,19 +8,8 @@ import numpy as np
 
 from neft.analysis.diff import change_by_layer
 from neft.analysis.table import Table
-from neft.errors import UsageError
-from neft.report.figures import FORMATS, write_figure
+from neft.report.figures import write_figure
 from neft.report.neuron_figures import draw_change_map
-
-
-def check_figure_path(file: Path) -> None:
-    """Refuse what is no kind of figure, before anything is computed.
-
-    Raises:
-        UsageError: another suffix than ``.png`` or ``.svg``.
-    """
-    if file.suffix.removeprefix(".") not in FORMATS:
-        raise UsageError(f"{file}: a figure is a .png or .svg file; give it one of these suffixes.")
 
 
 def save_change_map(table: Table, file: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,8 @@ from neft.commands.shared import (
     log,
     print_json,
 )
-from neft.errors import UsageError
+from neft.errors import RecipeError, UsageError
+from neft.libraries import silence_libraries
 from neft.report.plot_names import DESCRIPTIONS
 
 app = typer.Typer(
@@ -93,10 +93,7 @@ def _configure(
     log.handlers = [handler]
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     if not debug:
-        # What one library tells the authors of another is no business of a user's.
-        warnings.simplefilter("ignore", FutureWarning)
-        for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-            logging.getLogger(library).setLevel(logging.ERROR)
+        silence_libraries()
 
 
 @_training_command
@@ -125,6 +122,7 @@ def compare(
         bool, typer.Option("--dry-run", help="Show the cells and what each trains; run nothing.")
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods: tune each by the same rule, evaluate, and write tables and figures.
@@ -148,7 +146,7 @@ def compare(
     from neft.comparison.run import compare
     from neft.console import say, show_comparison
 
-    compared = compare(loaded, num_jobs=jobs, retry=retry, say=say)
+    compared = compare(loaded, num_jobs=jobs, retry=retry, overwrite=overwrite, say=say)
     if as_json:
         print_json({"tasks": plain(compared.results), "failures": compared.failures})
     else:
@@ -204,15 +202,23 @@ def validate(
         list[Path],
         typer.Argument(help="YAML files, or folders of them.", show_default=False),
     ],
+    settings: Settings = None,
 ) -> None:
     """Check that recipes fit the schema; looks at no data and no model."""
     from neft.comparison.schema import is_comparison, load_comparison
     from neft.recipe import find_recipes, load_recipe, read_fields
 
+    faults: list[str] = []
     for recipe in find_recipes(recipes):
-        load = load_comparison if is_comparison(read_fields(recipe)) else load_recipe
-        load(recipe)
-        typer.echo(f"{recipe}: fits")
+        try:
+            load = load_comparison if is_comparison(read_fields(recipe)) else load_recipe
+            load(recipe, settings or ())
+        except RecipeError as error:
+            faults.append(str(error))
+        else:
+            typer.echo(f"{recipe}: fits")
+    if faults:
+        raise RecipeError("\n".join(faults))
 
 
 @_command
@@ -437,7 +443,8 @@ def train(
     recipe: RecipeFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.", show_default=False)],
     neurons: Annotated[
-        Path | None, typer.Option(help="What neft select wrote; for methods that need neurons.")
+        Path | None,
+        typer.Option(help="A neuron set or an adapter; for methods that need neurons."),
     ] = None,
     settings: Settings = None,
     overwrite: Overwrite = False,

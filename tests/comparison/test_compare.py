@@ -21,9 +21,11 @@ from neft.comparison.results import RowResult
 from neft.comparison.run import compare
 from neft.comparison.schema import load_comparison
 from neft.comparison.work import Workers
-from neft.errors import RecipeError
+from neft.errors import RecipeError, UsageError
 from neft.neurons import NeuronSet
 from neft.pipeline.evaluate import read_evaluation
+from neft.pipeline.run import run
+from neft.recipe import load_recipe
 
 COMMAND = [sys.executable, "-m", "neft", "compare"]
 
@@ -183,6 +185,51 @@ def test_an_added_row_reuses_what_is_there(finished, tmp_path_factory) -> None:
     assert [row.name for row in result.results[0].rows][-1] == "early"
 
 
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("data.test_limit=2", "data.test_limit is not set there, 2 in this recipe"),
+        (
+            "methods=[{name: full, method: full, learning_rates: [1.0e-3], train: {steps: 3}}]",
+            "method 'full'.train.steps is not set there, 3 in this recipe",
+        ),
+    ],
+)
+def test_tables_of_other_settings_are_kept(finished, setting, reason) -> None:
+    folder, _, _ = finished
+    output = folder / "compared"
+    before = {path: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    with pytest.raises(UsageError) as error:
+        compared(folder / "comparison.yaml", setting)
+    assert str(error.value).splitlines() == [
+        "Results of another recipe are in the way:",
+        f"  {output}",
+        "The recipes differ:",
+        f"  {reason}",
+        "Choose another output folder, or replace these results with --overwrite.",
+    ]
+    assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+
+
+def test_tables_of_other_settings_are_replaced_if_asked(finished, tmp_path) -> None:
+    folder, _, _ = finished
+    shutil.copytree(folder / "compared", tmp_path / "compared")
+    settings = f"output={tmp_path}/compared", "data.test_limit=2", "seeds=[0]"
+    result, _ = compared(folder / "comparison.yaml", *settings, overwrite=True)
+    assert result.results[0].num_examples == 2
+
+
+def test_a_run_and_a_comparison_share_no_folder(finished, tiny_recipe, tmp_path) -> None:
+    folder, _, _ = finished
+    with pytest.raises(UsageError, match="compared: holds a comparison"):
+        run(load_recipe(tiny_recipe(tmp_path, output=str(folder / "compared"))), say=print)
+    (tmp_path / "run" / "prepare").mkdir(parents=True)
+    (tmp_path / "run" / "prepare" / "stage.json").write_text("{}")
+    with pytest.raises(UsageError, match="run: holds a run"):
+        compared(folder / "comparison.yaml", f"output={tmp_path}/run")
+    assert not (tmp_path / "run" / "comparison.yaml").exists()
+
+
 def test_several_at_a_time_give_the_same_table(finished, tiny_comparison, tmp_path) -> None:
     folder, _, _ = finished
     compared(tiny_comparison(tmp_path, seeds=[0, 1]), num_jobs=2)
@@ -233,7 +280,7 @@ FULL = {"name": "full", "method": "full", "learning_rates": [1e-3, 2e-3]}
 def test_a_checkpoint_that_is_needed_again_is_made_again(tiny_comparison, tmp_path) -> None:
     file = tiny_comparison(tmp_path, methods=[FULL])
     first, _ = compared(file)
-    again, said = compared(file, "evaluate.max_new_tokens=3")
+    again, said = compared(file, "evaluate.max_new_tokens=3", overwrite=True)
     assert [line.partition(" ")[0] for line in done(said)] == ["baseline", "train", "evaluate"]
     assert not again.failures
     (before,), (after,) = first.results[0].rows[0].seeds, again.results[0].rows[0].seeds
@@ -305,6 +352,20 @@ def test_every_fault_is_found_before_the_first_cell(tiny_comparison, tmp_path) -
     assert "percent is 99" in message
     assert "gone.jsonl: cannot be read: No such file" in message
     assert not (tmp_path / "compared" / "stages").exists()
+
+
+def test_workers_are_as_quiet_as_the_command(tiny_comparison, tmp_path) -> None:
+    methods = [{"name": "full", "method": "full", "learning_rates": [1e-3]}]
+    comparison = tiny_comparison(tmp_path, methods=methods, warmup=None)
+    told = subprocess.run([*COMMAND, str(comparison)], capture_output=True, text=True, check=True)
+    foreign = [
+        line
+        for line in told.stderr.splitlines()
+        if not line.startswith(
+            ("checking data", "step ", "baseline of ", "train of ", "evaluate of")
+        )
+    ]
+    assert foreign == []
 
 
 def test_a_killed_worker_costs_its_row_alone(tiny_comparison, tmp_path) -> None:

@@ -12,6 +12,7 @@ from itertools import chain
 import yaml
 
 from neft.comparison.cells import Cells, Job
+from neft.comparison.earlier import check_earlier
 from neft.comparison.plan import Forecast, Plan
 from neft.comparison.publish import Compared, publish
 from neft.comparison.schema import Comparison
@@ -20,16 +21,20 @@ from neft.errors import RecipeError, UsageError
 from neft.evaluation import METRICS_OF_TASK
 from neft.files import write_text
 from neft.pipeline.prepare import check_data, check_method
-from neft.pipeline.run import LOCK, Say, duration
+from neft.pipeline.run import COMPARISON, LOCK, Say, duration
 from neft.pipeline.store import locked
 from neft.recipe import Recipe
 
-RECIPE = "comparison.yaml"
 _WORKERS_LOCK = ".workers.lock"
 
 
 def compare(
-    comparison: Comparison, *, num_jobs: int = 1, retry: bool = False, say: Say
+    comparison: Comparison,
+    *,
+    num_jobs: int = 1,
+    retry: bool = False,
+    overwrite: bool = False,
+    say: Say,
 ) -> Compared:
     """Bring every cell of a comparison to its end, and write tables and figures.
 
@@ -40,15 +45,18 @@ def compare(
         comparison: what is compared.
         num_jobs: cells at a time: one a GPU, or with an equal share of the cores each.
         retry: try again what failed.
+        overwrite: replace the tables of a comparison with other settings.
         say: is told what happens.
 
     Raises:
+        UsageError: a run, or a comparison with other settings, is in the output folder.
         RecipeError: every fault of every cell, before the first one runs.
         RunError: another process works in the output folder.
     """
     cells = Cells(comparison)
     plan = Plan(cells)
     with locked(cells.output / LOCK), _interrupted_by_sigterm():
+        check_earlier(cells.output, comparison, overwrite=overwrite)
         with no_workers(cells.output / _WORKERS_LOCK):
             cells.settle()
         if retry:
@@ -56,7 +64,7 @@ def compare(
         if _is_open(plan):
             say("checking data, model and budgets of all cells")
             check(comparison)
-        write_text(cells.output / RECIPE, _as_yaml(comparison))
+        write_text(cells.output / COMPARISON, _as_yaml(comparison))
         _work_off(cells, plan, num_jobs, say)
         return publish(cells, plan)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from neft.comparison.cells import Cells
 from neft.comparison.plan import Plan, Row
-from neft.comparison.run import RECIPE
 from neft.comparison.schema import load_comparison
 from neft.comparison.tuning import Trial
+from neft.pipeline.run import COMPARISON
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RowStatus:
 
 def is_comparison_folder(folder: Path) -> bool:
     """Whether a comparison has worked in ``folder``."""
-    return (folder / RECIPE).is_file()
+    return (folder / COMPARISON).is_file()
 
 
 def read_comparison_status(folder: Path) -> list[RowStatus]:
@@ -41,7 +41,7 @@ def read_comparison_status(folder: Path) -> list[RowStatus]:
     Raises:
         UsageError: files that the comparison names have gone.
     """
-    comparison = load_comparison(folder / RECIPE).model_copy(update={"output": str(folder)})
+    comparison = load_comparison(folder / COMPARISON).model_copy(update={"output": str(folder)})
     cells = Cells(comparison)
     return [_status(cells, row) for row in Plan(cells).rows()]
 

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from neft.comparison.cells import Failure, Job, stage_of
 from neft.errors import DataError, DivergenceError, NeftError
+from neft.libraries import silence_libraries
 from neft.pipeline.run import bring_to_finish
 from neft.pipeline.shortage import explain_shortage
 from neft.pipeline.store import StageFolder
@@ -119,7 +119,8 @@ class Workers:
     def _spawn(self, slot: int) -> _Worker:
         ours, theirs = _SPAWN.Pipe()
         log = None if self._logs is None else self._logs / f"worker-{slot}.log"
-        arguments = (theirs, _share(slot, self._num), self._lock, log)
+        debug = logging.getLogger("neft").isEnabledFor(logging.DEBUG)
+        arguments = (theirs, _share(slot, self._num), self._lock, log, debug)
         process = _SPAWN.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -179,7 +180,9 @@ def _death(exit_code: int | None, job: Job) -> str:
 # --- in the worker --------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection, share: _Share, lock: Path, log: Path | None) -> None:
+def _serve(
+    connection: Connection, share: _Share, lock: Path, log: Path | None, debug: bool
+) -> None:
     """Do jobs until there are no more."""
     # Out of reach of the terminal's Ctrl-C, which the parent passes on, once.
     os.setsid()
@@ -190,7 +193,8 @@ def _serve(connection: Connection, share: _Share, lock: Path, log: Path | None) 
         _print_into(log)
     share.take()
     logging.basicConfig(format="%(message)s")
-    warnings.simplefilter("ignore", FutureWarning)
+    if not debug:
+        silence_libraries()
     while True:
         try:
             job: Job = connection.recv()

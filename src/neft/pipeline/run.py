@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,6 +23,8 @@ from neft.pipeline.store import Record, StageFolder, State, differences, locked,
 from neft.recipe import AnalysisSection, Recipe
 
 LOCK = ".lock"
+COMPARISON = "comparison.yaml"
+"""Stands in the output folder of a comparison."""
 
 Say: TypeAlias = Callable[[str], None]
 """Is told, in a line each, what happens."""
@@ -45,6 +47,11 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Say) -> Results:
         RunError: training broke down, or another process works in the folder.
     """
     output = Path(recipe.output).expanduser()
+    if (output / COMPARISON).is_file():
+        raise UsageError(
+            f"{output}: holds a comparison (it has a {COMPARISON}), which a run would be mixed up with. "
+            "Choose another output folder."
+        )
     stages = stages_of(recipe)
     folders = {stage.name: StageFolder(output / stage.name) for stage in stages}
     run_stages(stages, folders, output / LOCK, overwrite=overwrite, say=say)
@@ -224,9 +231,14 @@ def _refuse_other_recipe(
         for record in there[stage.name].values()
         for reason in differences(record, plan[stage.name])
     ]
-    raise UsageError(
+    raise another_recipe(at_stake, reasons)
+
+
+def another_recipe(places: Iterable[Path], reasons: Iterable[str]) -> UsageError:
+    """The error that results of another recipe are in the way, and in what the recipes differ."""
+    return UsageError(
         "Results of another recipe are in the way:\n"
-        + "\n".join(f"  {path}" for path in at_stake)
+        + "\n".join(f"  {place}" for place in places)
         + "\nThe recipes differ:\n"
         + "\n".join(f"  {reason}" for reason in dict.fromkeys(reasons))
         + "\nChoose another output folder, or replace these results with --overwrite."

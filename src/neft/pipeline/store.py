@@ -8,6 +8,7 @@ the folder under its name. So a folder ``warmup`` is finished, whatever was kill
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -85,10 +86,7 @@ def record_of(stage: Stage, inputs: Mapping[str, str]) -> Record:
 
 def differences(there: Record, here: Record) -> Iterator[str]:
     """One line for each of a stage's own ingredients that differs between two records."""
-    for place in sorted(there.ingredients.keys() | here.ingredients.keys()):
-        old, new = there.ingredients.get(place), here.ingredients.get(place)
-        if old != new:
-            yield f"{place} is {_shown(old)} there, {_shown(new)} in this recipe"
+    yield from differing(there.ingredients, here.ingredients)
     if there.version != here.version:
         yield (
             f"version {there.version} of stage {there.stage} there, version {here.version} in this "
@@ -96,11 +94,22 @@ def differences(there: Record, here: Record) -> Iterator[str]:
         )
 
 
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each setting that differs between two recipes, by its place."""
+    for place in sorted(there.keys() | here.keys()):
+        old, new = there.get(place), here.get(place)
+        if old != new:
+            yield f"{place} is {_shown(old)} there, {_shown(new)} in this recipe"
+
+
 def _shown(value: Any) -> str:
     if value is None:
         return "not set"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    if len(text) <= 40:
+        return text
+    # Two long values may begin alike.
+    return f"{text[:37]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 class StageFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -345,6 +346,20 @@ def test_torn_scores(scores, tmp_path) -> None:
     assert "scores.safetensors: not a readable scores file" in result.stderr
 
 
+def test_validate_tells_of_every_recipe(tiny_recipe, tmp_path) -> None:
+    good = tiny_recipe(tmp_path)
+    for name in ("bad.yaml", "worse.yaml"):
+        (tmp_path / name).write_text(f"{good.read_text()}\nunknown: {name}\n")
+    recipes = tmp_path / "bad.yaml", good, tmp_path / "worse.yaml"
+    result = call("validate", *recipes)
+    assert result.exit_code == 2
+    assert result.stdout == f"{good}: fits\n"
+    assert result.stderr.count("unknown key") == 2
+    result = call("validate", good, "--set", "train.steps=many")
+    assert result.exit_code == 2
+    assert "train.steps" in result.stderr
+
+
 # Runs that cannot start
 
 
@@ -549,9 +564,39 @@ def test_train_alone(finished, tmp_path) -> None:
     assert (tmp_path / "mine" / weights).read_bytes() == expected
     assert result.stdout.splitlines() == [str(tmp_path / "mine" / "adapter")]
     assert "train: already done" in call(*arguments).stderr
+    # The adapter holds the same neurons.
+    arguments[3] = folder / "run" / "train" / "adapter"
+    assert "train: already done" in call(*arguments).stderr
+    arguments[3] = tmp_path / "other.json"
+    scores = folder / "run" / "score" / "scores.safetensors"
+    call("select", scores, "--count", 3, "-o", arguments[3])
+    differs = re.search("neurons is (.*) there, (.*) in this recipe", call(*arguments).stderr)
+    assert differs is not None
+    assert differs[1] != differs[2]
+    arguments[3] = neurons
     (tmp_path / "mine").rename(tmp_path / "renamed")
     renamed = call(*arguments[:-1], tmp_path / "renamed")
     assert "train: already done" in renamed.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name them with --neurons"),
+        (["--neurons", "scores.safetensors"], "scores.safetensors: holds scores of all neurons"),
+        (["--neurons", "nowhere.json"], "nowhere.json: no such file"),
+        (["--neurons", "n.json", "--set", "train.method=full"], "leave out --neurons n.json"),
+    ],
+)
+def test_train_wants_neurons(tiny_recipe, scores, tmp_path, monkeypatch, options, message) -> None:
+    recipe = tiny_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    result = call("train", recipe, "-o", "mine", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "starts" not in result.stderr
+    assert files(tmp_path) == before
 
 
 def test_train_refuses_neurons_of_another_model(finished, scores, tmp_path) -> None:
@@ -562,8 +607,6 @@ def test_train_refuses_neurons_of_another_model(finished, scores, tmp_path) -> N
     result = call("train", folder / "recipe.yaml", *arguments)
     assert result.exit_code == 2
     assert "layers.1.up" in result.stderr
-    assert files(tmp_path) == before
-    assert call("train", folder / "recipe.yaml", "-o", tmp_path / "mine").exit_code == 2
     assert files(tmp_path) == before
 
 

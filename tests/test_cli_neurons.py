@@ -178,6 +178,11 @@ def test_overlap_is_that_of_analyze(sets, scores) -> None:
     assert {row["percent"] for row in with_scores} == {1.0}
 
 
+def test_overlap_refuses(sets) -> None:
+    assert "a.json: is given twice" in refused("neurons", "overlap", sets[0], *sets)
+    assert "There are 1 selections" in refused("neurons", "overlap", sets[0])
+
+
 def test_overlap_shows_short_names(sets) -> None:
     shown = done("neurons", "overlap", *sets)
     assert "a.json" in shown

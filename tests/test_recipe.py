@@ -284,6 +284,43 @@ def test_all_faults_at_once() -> None:
     ]
 
 
+SET = {"id": "org/set", "split": "test"}
+NOT_A_FIELD = "'sorce' is not a field of this task; it has source, target"
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"data__template": "{0} {source}"}, "data.template: {0} is not a plain placeholder"),
+        ({"data__template": "{source!r}"}, "data.template: {source} is not a plain placeholder"),
+        ({"data__template": "translate {source"}, "data.template: expected '}' before end"),
+        ({"data__fields": {"sorce": "en"}}, f"data.fields: {NOT_A_FIELD}"),
+        ({"data__test": SET | {"fields": {"sorce": "en"}}}, f"data.test.fields: {NOT_A_FIELD}"),
+        (
+            {"warmup__train": SET | {"fields": {"sorce": "en"}}},
+            f"warmup.train.fields: {NOT_A_FIELD}",
+        ),
+        (
+            {
+                "data__fields": {"premise": "p"},
+                "data__task": "chat",
+                "data__source_language": ...,
+                "data__target_language": ...,
+            },
+            "data.fields: 'premise' is not a field of this task; it has messages",
+        ),
+    ],
+)
+def test_fields_and_template(settings: dict[str, Any], fault: str) -> None:
+    (told,) = faults(changed(**settings))
+    assert told.startswith(fault)
+
+
+def test_several_unknown_fields_are_told_at_once() -> None:
+    told = faults(changed(data__fields={"a": "x", "target": "y", "b": "z"}))
+    assert [line.partition(" is ")[0] for line in told] == ["data.fields: 'a'", "data.fields: 'b'"]
+
+
 def test_data_sources() -> None:
     fields = changed(
         data__train={"source": "a.en", "target": "a.fr"},

@@ -7,7 +7,7 @@ with its path in the file. Sections are plain frozen models that the rooms take 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from neft.errors import RecipeError
+from neft.templates import MESSAGES, TARGETS, TEMPLATES, placeholders
 
 
 def _no_boolean(value: object) -> object:
@@ -44,6 +45,17 @@ Percent: TypeAlias = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False), 
 MethodName: TypeAlias = Literal["full", "embed", "in_out", "lora", "mask", "neft"]
 Quantization: TypeAlias = Literal["4bit", "8bit"]
 Task: TypeAlias = Literal["translation", "summarization", "classification", "prompt", "chat"]
+
+
+class _SettingsError(ValueError):
+    """What is wrong with the settings of a section."""
+
+    def __init__(self, faults: Sequence[tuple[str, str]]) -> None:
+        """``faults``: (place within the section, or nothing for the section itself; what is wrong)."""
+        super().__init__(
+            "; ".join(f"{place}: {fault}" if place else fault for place, fault in faults)
+        )
+        self.faults = faults
 
 
 class Section(BaseModel):
@@ -173,6 +185,58 @@ class DataSection(Section):
         if self.task == "chat" and self.style == "plain":
             raise ValueError("task 'chat' needs the chat template; set style to chat or auto")
         return self
+
+    @model_validator(mode="after")
+    def _takes_the_fields_of_its_task(self) -> DataSection:
+        try:
+            sources = {split: getattr(self, split) for split in ("train", "dev", "test")}
+            faults = list(self.faults_of_fields({"": self} | sources))
+        except ValueError as error:
+            raise _SettingsError([("template", str(error))]) from error
+        if faults:
+            raise _SettingsError(faults)
+        return self
+
+    def faults_of_fields(self, sources: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """(place, fault) of each field that this task does not have.
+
+        Args:
+            sources: place -> what may say where fields lie.
+        """
+        known = self.row_fields
+        for place, source in sources.items():
+            for name in source.fields if isinstance(source, HubData | DataSection) else ():
+                if name not in known:
+                    fault = f"{name!r} is not a field of this task; it has {', '.join(known)}"
+                    yield f"{place}.fields".removeprefix("."), fault
+
+    @property
+    def constants(self) -> dict[str, str]:
+        """What a template may name beside the fields of a row."""
+        values = {
+            "source_language": self.source_language,
+            "target_language": self.target_language,
+            "labels": ", ".join(self.labels) if self.labels else None,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def prompt_template(self) -> str:
+        """The prompt of every task but chats."""
+        if self.template is not None:
+            return self.template
+        template = TEMPLATES[self.task]
+        if self.source_language is None:
+            template = template.replace("{source_language} ", "")
+        return template
+
+    @property
+    def row_fields(self) -> tuple[str, ...]:
+        """The fields of a row that this task reads."""
+        if self.task == "chat":
+            return (MESSAGES,)
+        names = [*placeholders(self.prompt_template, self.constants), TARGETS[self.task]]
+        return tuple(dict.fromkeys(names))
 
 
 class TrainingSection(Section):
@@ -590,6 +654,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _warmup_takes_the_fields_of_the_task(self) -> Recipe:
+        if self.warmup is not None:
+            sources = {"warmup.train": self.warmup.train, "warmup.dev": self.warmup.dev}
+            if faults := list(self.data.faults_of_fields(sources)):
+                raise _SettingsError(faults)
+        return self
+
+    @model_validator(mode="after")
     def _scored_step_is_kept(self) -> Recipe:
         step = self.score.step
         if step is not None and self.warmup is not None and step not in self.warmup.snapshots:
@@ -673,7 +745,7 @@ def checked(schema: type[Checked], fields: Mapping[str, Any], where: str) -> Che
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
-        raise refused(where, [_fault_line(fault) for fault in error.errors()]) from error
+        raise refused(where, _fault_lines(error)) from error
 
 
 def faults_of(schema: type[Section], fields: Mapping[str, Any]) -> list[str]:
@@ -681,7 +753,7 @@ def faults_of(schema: type[Section], fields: Mapping[str, Any]) -> list[str]:
     try:
         schema.model_validate(fields)
     except ValidationError as error:
-        return [_fault_line(fault) for fault in error.errors()]
+        return _fault_lines(error)
     return []
 
 
@@ -701,11 +773,21 @@ _MESSAGES = {
 }
 
 
-def _fault_line(fault: ErrorDetails) -> str:
-    place = ".".join(str(part) for part in fault["loc"] if part not in _SOURCE_KINDS) or "recipe"
+def _fault_lines(error: ValidationError) -> list[str]:
+    return [line for fault in error.errors() for line in _lines_of(fault)]
+
+
+def _lines_of(fault: ErrorDetails) -> Iterator[str]:
+    places = [str(part) for part in fault["loc"] if part not in _SOURCE_KINDS]
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, _SettingsError):
+        for place, message in cause.faults:
+            yield f"{'.'.join([*places, *filter(None, [place])]) or 'recipe'}: {message}"
+        return
     message = _MESSAGES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     value = fault["input"]
-    return f"{place}: {message}" + ("" if isinstance(value, dict) else f" (found {value!r})")
+    found = "" if isinstance(value, dict) else f" (found {value!r})"
+    yield f"{'.'.join(places) or 'recipe'}: {message}{found}"
 
 
 def _apply_override(fields: dict[str, Any], override: str) -> None:

@@ -264,20 +264,6 @@ def test_faulty_chats(turns: Any, fault: str, tmp_path: Path) -> None:
         load_examples(section(source, "chat"), "train")
 
 
-@pytest.mark.parametrize(
-    ("fields", "fault"),
-    [
-        ({"template": "{0} {source}"}, r"\{0\} is not a plain placeholder"),
-        ({"template": "{source!r}"}, "not a plain placeholder"),
-        ({"template": "{source"}, "data.template: expected '}'"),
-        ({"fields": {"sorce": "en"}}, "'sorce' is not a field of this task; it has source, target"),
-    ],
-)
-def test_faulty_sections(fields: dict[str, Any], fault: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=fault):
-        load_examples(section(make_jsonl(tmp_path), **fields), "train")
-
-
 def test_hub_data_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

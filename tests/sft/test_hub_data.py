@@ -192,15 +192,3 @@ def test_fields_belong_to_the_identity_of_a_set() -> None:
     )
     assert len({data_identity(source, "data.train") for source in (plain, there, back)}) == 3
     assert data_identity(plain, "data.train") == "org/set@main en-fr train"
-
-
-def test_unknown_field_of_a_set(news_commentary: str) -> None:
-    source = {
-        "id": news_commentary,
-        "config": "en-fr",
-        "split": "train",
-        "fields": {"sorce": "translation.en"},
-    }
-    languages = {"source_language": "English", "target_language": "French"}
-    with pytest.raises(DataError, match="'sorce' is not a field of this task"):
-        load_examples(section("translation", source, **languages), "train")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from neft.commands.shared import AsJson, check_output, guarded, print_json
+from neft.errors import UsageError
 
 app = typer.Typer(help="Look at what training did to the neurons of a run.", no_args_is_help=True)
 
@@ -94,6 +95,8 @@ def overlap(
         check_output(output, (".csv", ".parquet"), selections)
         if output.suffix == ".csv":  # beside which a .json file says what it was computed from
             check_output(output.with_suffix(".json"), (".json",), selections)
+    if twice := [path for path in selections if selections.count(path) > 1]:
+        raise UsageError(f"{twice[0]}: is given twice; compare it with another.")
     chosen = {str(path): load_selection(path) for path in selections}
     with_scores = any(isinstance(found, NeuronScores) for found in chosen.values())
     table = overlap_table(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from neft.checkpoints import open_weights
+from neft.errors import UsageError
 from neft.models import load_model
 from neft.neurons import NeuronScores, NeuronSet
 from neft.pipeline.adapter import load_adapter, load_trained, read_config
@@ -34,6 +35,7 @@ from neft.pipeline.identity import (
     model_identity,
 )
 from neft.pipeline.measure import MEASURED, measure
+from neft.pipeline.neuron_sets import load_neurons
 from neft.pipeline.prepare import prepare
 from neft.pipeline.results import TRAINING, collect_results
 from neft.pipeline.scoring import score
@@ -86,11 +88,23 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
 
 def training_stage(recipe: Recipe, neurons: Path | None) -> Stage:
-    """Training alone, with the neurons of a file."""
+    """Training alone, with the neurons of a file or an adapter.
+
+    Raises:
+        UsageError: the method needs neurons and none are given, or the other way round.
+    """
+    method = f"train.method {recipe.train.method!r}"
+    if neurons is None and needs_neurons(recipe):
+        raise UsageError(
+            f"{method} trains chosen neurons: name them with --neurons, a file that neft select wrote or "
+            "an adapter."
+        )
+    if neurons is not None and not needs_neurons(recipe):
+        raise UsageError(f"{method} trains no chosen neurons: leave out --neurons {neurons}.")
     content = _Content(recipe)
     ingredients = content.training
     if neurons is not None:
-        ingredients["neurons"] = NeuronSet.load(neurons).to_dict()["projections"]
+        ingredients["neurons"] = load_neurons(neurons).to_dict()["projections"]
 
     def run(working: Path, _inputs: _Folders) -> None:
         carry_out(Task("train", recipe, working, neurons))

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 
 from neft import processes
 from neft.errors import NeftError, RunError
-from neft.neurons import NeuronSet
+from neft.pipeline.neuron_sets import load_neurons
 from neft.recipe import LoraSection, Recipe
 
 # Seconds for a failure in one process to be known in the others, which it takes down with it.
@@ -37,7 +37,7 @@ class Task:
     folder: Path
     """Where ``neft.sft.train.train`` works."""
     neurons: Path | None = None
-    """File of the neurons to train, for methods that need them."""
+    """File or adapter with the neurons to train, for methods that need them."""
 
     def to_json(self) -> str:
         """As text, for another process."""
@@ -95,7 +95,7 @@ def _train(recipe: Recipe, neurons: Path | None, folder: Path) -> None:
         recipe.data,
         recipe.train,
         method=recipe.train.method,
-        neurons=None if neurons is None else NeuronSet.load(neurons),
+        neurons=None if neurons is None else load_neurons(neurons),
         lora=resolved_lora(recipe),
         seed=recipe.seed,
         folder=folder,

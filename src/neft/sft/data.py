@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, TypeAlias
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from neft.errors import DataError
 from neft.recipe import DataSection, DataSource, GeneralSection, HubData
 from neft.sft.rows import Row, checked_text, read_rows, shown, source_name
+from neft.templates import MESSAGES, TARGETS, placeholders
 
 Split: TypeAlias = Literal["train", "dev", "test"]
 
@@ -32,26 +32,6 @@ class Example:
     target: str
     place: str = field(default="", compare=False)
     """Where the example comes from, for error messages: file and line."""
-
-
-_TEMPLATES = {
-    # The paper's prompts (section 4.1).
-    "translation": "Translate the following text from {source_language} to {target_language}. {source}",
-    "summarization": (
-        "Given the below {source_language} article, generate a summary in {target_language}.\n"
-        "Article: {document}"
-    ),
-    "classification": (
-        "Premise: {premise}\nHypothesis: {hypothesis}\n"
-        "How does the hypothesis relate to the premise? Answer with one of: {labels}."
-    ),
-}
-_TARGETS = {
-    "translation": "target",
-    "summarization": "summary",
-    "classification": "label",
-    "prompt": "target",
-}
 
 
 def load_examples(data: DataSection, split: Split) -> list[Example]:
@@ -91,12 +71,9 @@ def load_texts(general: GeneralSection) -> list[str]:
 
 
 def _from_template(data: DataSection) -> Callable[[Row], Example]:
-    constants = _constants(data)
-    template = data.template or _default_template(data)
-    placeholders = _placeholders(template)
-    target = _TARGETS[data.task]
-    inputs = [name for name in placeholders if name not in constants]
-    paths = _paths(data, [*inputs, target])
+    constants, template = data.constants, data.prompt_template
+    inputs, target = placeholders(template, constants), TARGETS[data.task]
+    paths = {name: data.fields.get(name, name) for name in data.row_fields}
 
     def to_example(row: Row) -> Example:
         texts = {name: row.text(paths[name]) for name in inputs}
@@ -108,53 +85,6 @@ def _from_template(data: DataSection) -> Callable[[Row], Example]:
         return Example(template.format_map(constants | texts), answer, row.place)
 
     return to_example
-
-
-def _default_template(data: DataSection) -> str:
-    template = _TEMPLATES[data.task]
-    if data.source_language is None:
-        template = template.replace("{source_language} ", "")
-    return template
-
-
-def _constants(data: DataSection) -> dict[str, str]:
-    """What a template may name beside the fields of a row."""
-    values = {
-        "source_language": data.source_language,
-        "target_language": data.target_language,
-        "labels": ", ".join(data.labels) if data.labels else None,
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _placeholders(template: str) -> list[str]:
-    """Distinct names of the ``{placeholders}`` of a template, in order."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(f"data.template: {error}. A literal brace is written twice.") from error
-    names: dict[str, None] = {}
-    for _, name, format_spec, conversion in parts:
-        if name is None:
-            continue
-        if not name.isidentifier() or format_spec or conversion:
-            raise DataError(
-                f"data.template: {{{name}}} is not a plain placeholder such as {{source}}. A literal "
-                "brace is written twice."
-            )
-        names[name] = None
-    return list(names)
-
-
-def _paths(data: DataSection, names: Iterable[str]) -> dict[str, str]:
-    """Field name -> where it lies in a row."""
-    known = list(dict.fromkeys(names))
-    for name in data.fields:
-        if name not in known:
-            raise DataError(
-                f"fields: {name!r} is not a field of this task; it has {', '.join(known)}."
-            )
-    return {name: data.fields.get(name, name) for name in known}
 
 
 def _label(row: Row, path: str, labels: tuple[str, ...]) -> str:
@@ -176,7 +106,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 def _from_messages(data: DataSection) -> Callable[[Row], Example]:
-    path = _paths(data, ["messages"])["messages"]
+    path = data.fields.get(MESSAGES, MESSAGES)
 
     def to_example(row: Row) -> Example:
         where = f"{row.place}: field {path!r}"

@@ -163,6 +163,8 @@ def test_status_of_an_unfinished_run(unbroken, tmp_path) -> None:
     with locked(output / ".lock"):
         assert states(output) == expected | {"train": "running"}
     assert read_status(output)[5].num_bytes > 0
+    (output / "select" / "stage.json").write_text("{")
+    assert states(output) == expected | {"select": "damaged"}
 
 
 def test_recipe_of_the_run_repeats_it(unbroken) -> None:

@@ -425,6 +425,13 @@ def comparison(folder: Path, num_seeds: int = 2) -> Path:
 _DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
 
+def test_a_damaged_comparison_is_written_again(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "compared")
+    (folder / "results.json").write_text("{")
+    with pytest.raises(DataError, match=r"results.json: damaged: .*Run neft compare again"):
+        read_run(folder)
+
+
 def test_a_comparison(tmp_path: Path) -> None:
     page = render_report(read_run(comparison(tmp_path / "compared")))
     elements = Elements(page)

@@ -6,10 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from neft.errors import UsageError
 from neft.pipeline.prepare import recipe_of
 from neft.pipeline.run import LOCK
 from neft.pipeline.stages import stage_names
-from neft.pipeline.store import StageFolder, State, is_locked
+from neft.pipeline.store import Record, StageFolder, State, is_locked
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class StageStatus:
     stage: str
     state: str
     """``done``, ``running``, ``partial`` (an interrupted attempt, which the next run continues),
-    ``damaged`` (files have gone), ``stale`` (made from an earlier result of a stage that it reads) or
-    ``missing``."""
+    ``damaged`` (files have gone, or its record cannot be read), ``stale`` (made from an earlier result of
+    a stage that it reads) or ``missing``."""
     seconds: float | None
     """Duration of the last attempt."""
     num_bytes: int
@@ -44,7 +45,7 @@ def read_status(run: Path) -> list[StageStatus]:
     fingerprints: dict[str, str] = {}
     for name in names:
         folder = StageFolder(run / name)
-        record = folder.finished()
+        record, is_damaged = _record(folder)
         if record is not None:
             fingerprints[name] = record.fingerprint
         is_stale = record is not None and any(
@@ -54,13 +55,25 @@ def read_status(run: Path) -> list[StageStatus]:
         statuses.append(
             StageStatus(
                 stage=name,
-                state=_state(folder, running, is_stale),
+                state="damaged" if is_damaged else _state(folder, running, is_stale),
                 seconds=record.seconds if record else None,
-                num_bytes=record.num_bytes if record else _num_bytes(folder.working),
+                num_bytes=(
+                    record.num_bytes
+                    if record
+                    else _num_bytes(folder.path if is_damaged else folder.working)
+                ),
                 finished=record.finished if record else None,
             )
         )
     return statuses
+
+
+def _record(folder: StageFolder) -> tuple[Record | None, bool]:
+    """The record of a finished stage, and whether there is one that cannot be read."""
+    try:
+        return folder.finished(), False
+    except UsageError:
+        return None, True
 
 
 def _state(folder: StageFolder, running: bool, is_stale: bool) -> str:

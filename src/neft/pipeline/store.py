@@ -132,7 +132,7 @@ class StageFolder:
         if record is None:
             raise UsageError(
                 f"{self.path}: is in the way: no stage of a run made it (it has no readable {RECORD}). "
-                "Move it, or choose another output folder."
+                "Move it away, and run the recipe again, or choose another output folder."
             )
         return record
 

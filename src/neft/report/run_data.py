@@ -194,8 +194,12 @@ def _samples(before: Path | None, after: Path | None) -> list[Sample]:
 
 def _read_comparison(folder: Path) -> ComparisonData:
     return ComparisonData(
-        results=_read_json(folder / "results.json"),
-        neurons=_read_json(neurons) if (neurons := folder / "neurons.json").is_file() else None,
+        results=_read_json(folder / "results.json", _WRITE_AGAIN),
+        neurons=(
+            _read_json(neurons, _WRITE_AGAIN)
+            if (neurons := folder / "neurons.json").is_file()
+            else None
+        ),
         figures={file.name: file.read_bytes() for file in sorted(folder.glob("*.png"))},
         recipe_yaml=(folder / "comparison.yaml").read_text(encoding="utf-8"),
     )
@@ -205,13 +209,18 @@ def _optional_json(file: Path | None) -> Fields | None:
     return None if file is None else _read_json(file)
 
 
-def _read_json(file: Path) -> Fields:
+_RUN_AGAIN = "Move its stage's folder away, and run the recipe again."
+_WRITE_AGAIN = "Run neft compare again, which writes it anew."
+
+
+def _read_json(file: Path, remedy: str = _RUN_AGAIN) -> Fields:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _damaged(file, error) from error
+        raise DataError(f"{file}: damaged: {error}. {remedy}") from error
     if not isinstance(fields, dict):
-        raise _damaged(file, f"it holds a {type(fields).__name__}, not an object")
+        fault = f"it holds a {type(fields).__name__}, not an object"
+        raise DataError(f"{file}: damaged: {fault}. {remedy}")
     return fields
 
 
@@ -221,13 +230,7 @@ def _read_lines(file: Path) -> list[dict[str, str]]:
         with file.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, fault: object) -> DataError:
-    return DataError(
-        f"{file}: damaged: {fault}. Delete its stage's folder, and run the recipe again."
-    )
+        raise DataError(f"{file}: damaged: {error}. {_RUN_AGAIN}") from error
 
 
 def has_columns(table: Table | None, names: Collection[str]) -> bool:

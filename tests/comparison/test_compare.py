@@ -350,7 +350,7 @@ def test_every_fault_is_found_before_the_first_cell(tiny_comparison, tmp_path) -
     assert "Nothing has been run" in message
     assert "'much'" in message
     assert "percent is 99" in message
-    assert "gone.jsonl: cannot be read: No such file" in message
+    assert f"task 'gone', method 'all': data.dev: {tmp_path}/gone.jsonl: no such file" in message
     assert not (tmp_path / "compared" / "stages").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -17,9 +17,10 @@ from neft.comparison.plan import Forecast, Plan
 from neft.comparison.publish import Compared, publish
 from neft.comparison.schema import Comparison
 from neft.comparison.work import Workers, no_workers
-from neft.errors import RecipeError, UsageError
+from neft.errors import DataError, RecipeError, UsageError
 from neft.evaluation import METRICS_OF_TASK
 from neft.files import write_text
+from neft.pipeline.identity import data_identity
 from neft.pipeline.prepare import check_data, check_method
 from neft.pipeline.run import COMPARISON, LOCK, Say, duration
 from neft.pipeline.store import locked
@@ -87,21 +88,50 @@ def check(comparison: Comparison) -> None:
     for task, entry in chain(comparison.first_cells(), comparison.lent_cells()):
         recipe = comparison.first_recipe(task, entry)
         for what, about in (
-            (check_data, f"{recipe.data} {recipe.warmup} {recipe.score} {recipe.evaluate}"),
-            (check_method, f"{recipe.train} {recipe.select} {recipe.score} {recipe.warmup}"),
+            (_faults_of_data, f"{recipe.data} {recipe.warmup} {recipe.score} {recipe.evaluate}"),
+            (_faults_of_method, f"{recipe.train} {recipe.select} {recipe.score} {recipe.warmup}"),
         ):
             if (what, about) in seen:
                 continue
             seen.add((what, about))
-            try:
-                what(recipe)
-            except UsageError as error:
-                faults.setdefault(str(error), f"task {task!r}, method {entry.name!r}")
+            for fault in what(recipe):
+                faults.setdefault(fault, f"task {task!r}, method {entry.name!r}")
         for fault in _faults_of_figures(comparison, recipe):
             faults.setdefault(fault, f"task {task!r}")
     if faults:
         lines = "\n".join(f"  {place}: {fault}" for fault, place in faults.items())
         raise RecipeError(f"Nothing has been run; some cells cannot:\n{lines}")
+
+
+def _faults_of_data(recipe: Recipe) -> list[str]:
+    return list(_missing_files(recipe)) or _refusal(check_data, recipe)
+
+
+def _faults_of_method(recipe: Recipe) -> list[str]:
+    return _refusal(check_method, recipe)
+
+
+def _refusal(check: Callable[[Recipe], object], recipe: Recipe) -> list[str]:
+    try:
+        check(recipe)
+    except UsageError as error:
+        return [str(error)]
+    return []
+
+
+def _missing_files(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with each data file that is not there, by its place in the recipe."""
+    sources = {f"data.{split}": getattr(recipe.data, split) for split in ("train", "dev", "test")}
+    if recipe.warmup is not None:
+        sources |= {"warmup.train": recipe.warmup.train, "warmup.dev": recipe.warmup.dev}
+    if recipe.evaluate.general is not None:
+        sources["evaluate.general.text"] = recipe.evaluate.general.text
+    for place, source in sources.items():
+        if source is not None:
+            try:
+                data_identity(source, place)
+            except DataError as error:
+                yield str(error)
 
 
 def _faults_of_figures(comparison: Comparison, recipe: Recipe) -> Iterator[str]:

@@ -275,6 +275,8 @@ def test_select_random(scores, tmp_path) -> None:
         (["--megabytes", "0.0003"], "scored projections hold only 0.000288 MB of an adapter's"),
         (["--count", "7", "--rule", "units"], "whole units make 6 or 8 neurons"),
         (["--count", "5", "--rule", "floor", "--floor", "0"], "floor is 0"),
+        (["--count", "5", "--floor", "20"], "--floor 20 is for --rule floor, not for paper"),
+        (["--count", "5", "--seed", "0"], "--seed 0 is for --which random, not for lowest"),
         ([], "by percent, count or megabytes"),
         (["--percent", "1", "--count", "1"], "by percent, count or megabytes"),
     ],

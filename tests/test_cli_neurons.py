@@ -181,6 +181,8 @@ def test_overlap_is_that_of_analyze(sets, scores) -> None:
 def test_overlap_refuses(sets) -> None:
     assert "a.json: is given twice" in refused("neurons", "overlap", sets[0], *sets)
     assert "There are 1 selections" in refused("neurons", "overlap", sets[0])
+    error = refused("neurons", "overlap", *sets, "--percent", 3)
+    assert "--percent 3: is a budget for scores" in error
 
 
 def test_overlap_shows_short_names(sets) -> None:
@@ -317,6 +319,8 @@ def test_convert_refuses(sets, scores, model, tmp_path) -> None:
         assert f"{name}: tells indices, but not which projections" in error
         assert "--model" in error
     assert "holds scores" in refused("neurons", "convert", scores, "-o", tmp_path / "out.json")
+    options = ("-o", tmp_path / "out.json", "--model", model)
+    assert "leave out --model" in refused("neurons", "convert", sets[0], *options)
     gate = "model.layers.0.mlp.gate_proj"
     NeuronSet([Projection(gate, 0, "gate", Axis.ROW, 64, 32)], {gate: [3]}).save(
         tmp_path / "gate.json"
@@ -373,6 +377,10 @@ def test_extract_with_scores(tiny_recipe, tiny_model, tmp_path) -> None:
 def test_extract_refuses(models, tmp_path) -> None:
     out = ("-o", tmp_path / "adapter")
     assert "by percent" in refused("extract", *models, *out)
+    error = refused("extract", *models, *out, "--count", 1, "--set", "seed=1")
+    assert "--set seed=1: replaces a setting of a recipe; name that with --recipe" in error
+    file = tmp_path / "s.safetensors"
+    assert "--set seed=1" in refused("score", *models, "-o", file, "--set", "seed=1")
     assert "nowhere: no such" in refused("extract", models[0], "./nowhere", "--count", 1, *out)
     assert "none of the 5" in refused("extract", models[0], models[0], "--count", 5, *out)
     assert "base: exists already" in refused("extract", *models, "--count", 1, "-o", models[0])

@@ -57,13 +57,13 @@ def test_by_a_recipe(recipe: Path, tmp_path: Path, method: str) -> None:
 
 
 def test_says_what_the_recipe_says(recipe: Path, tmp_path: Path) -> None:
-    own = scored(tmp_path / "a", "--recipe", recipe, "--set", "warmup.method=norm")
+    own = scored(tmp_path / "a.safetensors", "--recipe", recipe, "--set", "warmup.method=norm")
     assert equal(own, score_by_norm(tmp_path / "model"))
 
 
 def test_modules_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
     arguments = ("--recipe", recipe, "--method", "gradient", "--modules", "q", "--modules", "o")
-    own = scored(tmp_path / "a", *arguments)
+    own = scored(tmp_path / "a.safetensors", *arguments)
     assert {projection.role for projection in own.projections.values()} == {"q", "o"}
 
 
@@ -72,12 +72,12 @@ def test_of_weights(recipe: Path, tmp_path: Path) -> None:
     run(options, say=lambda line: None)
     base, adapter = tmp_path / "model", tmp_path / "run" / "warmup" / "adapter"
     merged = NeuronScores.load(tmp_path / "run" / "score" / "scores.safetensors")
-    assert equal(scored(tmp_path / "a", base, adapter), merged)
-    assert equal(scored(tmp_path / "b", base, "--method", "norm"), score_by_norm(base))
+    assert equal(scored(tmp_path / "a.safetensors", base, adapter), merged)
+    assert equal(scored(tmp_path / "b.safetensors", base, "--method", "norm"), score_by_norm(base))
     full = load_recipe(recipe, ["output=" + str(tmp_path / "full")])
     run(full, say=lambda line: None)
     tuned = tmp_path / "full" / "warmup" / "model"
-    assert equal(scored(tmp_path / "c", base, tuned), score_neurons(base, tuned))
+    assert equal(scored(tmp_path / "c.safetensors", base, tuned), score_neurons(base, tuned))
 
 
 def test_a_tied_head_is_refused_before_the_warmup(recipe, tiny_model, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_tied_head_is_refused_before_the_warmup(recipe, tiny_model, tmp_path: 
 
 
 def test_killed_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unbroken = scored(tmp_path / "a", "--recipe", recipe)
+    unbroken = scored(tmp_path / "a.safetensors", "--recipe", recipe)
     options = load_recipe(recipe)
 
     def die(*_: object) -> None:

@@ -241,6 +241,12 @@ def test_numbers_as_yaml_writes_them(recipe_file: Path) -> None:
             "data: translation needs source_language and target_language",
         ),
         ({"data__task": "prompt"}, "data: task 'prompt' needs a template"),
+        ({"data__labels": ["a"]}, "data.labels: are for classification, not for 'translation'"),
+        ({"warmup__rank": 4}, "warmup: rank goes with method 'lora', not with 'full'"),
+        (
+            {"train__in_backward": True, "train__max_grad_norm": 0.5},
+            "train: in_backward frees gradients before their norm is known",
+        ),
         ({"data__task": "classification"}, "data: classification needs labels"),
         ({"data__task": "chat", "data__template": "x"}, "data: task 'chat' takes its prompts from"),
         (

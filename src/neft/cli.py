@@ -20,6 +20,7 @@ from neft.commands.shared import (
     RecipeFile,
     Settings,
     check_output,
+    check_settings,
     guarded,
     log,
     print_json,
@@ -297,6 +298,7 @@ def score(
 
     inputs = [given for given in (before, after, recipe) if given is not None]
     check_output(output, (".safetensors",), inputs)
+    check_settings(settings, recipe)
     if recipe is None:
         scores = find_in_weights(before, after, method or "cosine", modules)
         scores.save(output)
@@ -321,7 +323,7 @@ def select(
         Literal["lowest", "highest", "random"],
         typer.Option(help="By cosine; lowest are those that moved most."),
     ] = "lowest",
-    seed: Annotated[int, typer.Option(help="For random.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="For random. Default: 0.")] = None,
     rule: Annotated[
         Literal["paper", "even", "floor", "units"],
         typer.Option(
@@ -330,8 +332,9 @@ def select(
         ),
     ] = "paper",
     floor: Annotated[
-        float, typer.Option(help="For the rule floor: percent of an even share.")
-    ] = 50.0,
+        float | None,
+        typer.Option(help="For the rule floor: percent of an even share. Default: 50."),
+    ] = None,
     above_rounding: Annotated[
         bool,
         typer.Option(
@@ -349,14 +352,18 @@ def select(
     from neft.pipeline.info import describe_neurons
 
     check_output(output, (".json",), [scores])
+    if seed is not None and which != "random":
+        raise UsageError(f"--seed {seed} is for --which random, not for {which}.")
+    if floor is not None and rule != "floor":
+        raise UsageError(f"--floor {floor:g} is for --rule floor, not for {rule}.")
     neurons = NeuronScores.load(scores).select(
         percent=percent,
         count=count,
         megabytes=megabytes,
         which=which,
-        seed=seed,
+        seed=0 if seed is None else seed,
         rule=rule,
-        floor=floor,
+        floor=50.0 if floor is None else floor,
         above_rounding=above_rounding,
     )
     neurons.save(output)
@@ -392,6 +399,7 @@ def extract(
     from neft.pipeline.extract import extract
     from neft.recipe import load_recipe
 
+    check_settings(settings, recipe)
     extraction = extract(
         base,
         finetuned,

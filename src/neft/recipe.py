@@ -64,6 +64,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _default(section: Section, name: str) -> Any:
+    # What a section was given cannot be told from what it has: a recipe is written down in full.
+    return type(section).model_fields[name].default
+
+
 class ModelSection(Section):
     """The base model."""
 
@@ -187,6 +192,13 @@ class DataSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _uses_its_labels(self) -> DataSection:
+        in_prompt = "{labels}" in (self.template or "")
+        if self.labels is not None and self.task != "classification" and not in_prompt:
+            raise _SettingsError([("labels", f"are for classification, not for {self.task!r}")])
+        return self
+
+    @model_validator(mode="after")
     def _takes_the_fields_of_its_task(self) -> DataSection:
         try:
             sources = {split: getattr(self, split) for split in ("train", "dev", "test")}
@@ -286,6 +298,11 @@ class TrainingSection(Section):
                 "in_backward frees gradients at once, so none can be accumulated: set "
                 "gradient_accumulation to 1"
             )
+        if self.in_backward and self.max_grad_norm != _default(self, "max_grad_norm"):
+            raise ValueError(
+                "in_backward frees gradients before their norm is known, so none can be clipped: remove "
+                "max_grad_norm"
+            )
         return self
 
 
@@ -344,6 +361,8 @@ class WarmupSection(TrainingSection):
             raise ValueError("method 'none' and checkpoint go together")
         if self.snapshots and self.method != "full":
             raise ValueError(f"snapshots are kept by method 'full', not by {self.method!r}")
+        if self.method != "lora" and self.rank != _default(self, "rank"):
+            raise ValueError(f"rank goes with method 'lora', not with {self.method!r}")
         return self
 
     @model_validator(mode="after")
@@ -452,7 +471,7 @@ class SelectSection(Section):
 
     @model_validator(mode="after")
     def _fits_rule(self) -> SelectSection:
-        if self.rule != "floor" and self.floor != type(self).model_fields["floor"].default:
+        if self.rule != "floor" and self.floor != _default(self, "floor"):
             raise ValueError(f"floor goes with rule 'floor', not with {self.rule!r}")
         if self.takes_reversed and (self.rule != "paper" or self.above_rounding):
             raise ValueError(

@@ -99,6 +99,10 @@ def overlap(
         raise UsageError(f"{twice[0]}: is given twice; compare it with another.")
     chosen = {str(path): load_selection(path) for path in selections}
     with_scores = any(isinstance(found, NeuronScores) for found in chosen.values())
+    if percent and not with_scores:
+        raise UsageError(
+            f"--percent {percent[0]:g}: is a budget for scores; sets are taken as they are."
+        )
     table = overlap_table(
         chosen, percent or ((3, 6, 9, 12) if with_scores else ()), by_layer=by_layer
     )

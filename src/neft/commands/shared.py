@@ -141,6 +141,18 @@ def _is_part(file: Path, given: Path) -> bool:
     return given.exists() and file.samefile(given)
 
 
+def check_settings(settings: Sequence[str] | None, recipe: Path | None) -> None:
+    """Refuse settings of a recipe that is not there.
+
+    Raises:
+        UsageError: ``--set`` without ``--recipe``.
+    """
+    if settings and recipe is None:
+        raise UsageError(
+            f"--set {settings[0]}: replaces a setting of a recipe; name that with --recipe."
+        )
+
+
 def print_json(value: Any) -> None:
     """A result for machines, on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

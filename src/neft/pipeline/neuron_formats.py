@@ -76,7 +76,8 @@ def read_neurons(path: Path, model: str | None = None) -> NeuronSet:
             do not.
 
     Raises:
-        NeuronError: nothing readable, neurons that the model does not have, or a model that is missing.
+        NeuronError: nothing readable, neurons that the model does not have, or a model that is missing
+            or that nothing needs.
         AdapterError: the adapter is incomplete.
     """
     if path.is_file() and path.suffix.lower() == ".csv":
@@ -85,7 +86,10 @@ def read_neurons(path: Path, model: str | None = None) -> NeuronSet:
         model = _needed(model, path)
         neurons = NeuronSet.from_authors_json(path, find_projections(model))
         return _imported(neurons, model)
-    return load_neurons(path)
+    neurons = load_neurons(path)
+    if model is not None:
+        raise NeuronError(f"{path}: tells its projections itself; leave out --model {model}.")
+    return neurons
 
 
 def _needed(model: str | None, path: Path) -> str:

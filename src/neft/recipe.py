@@ -1,7 +1,8 @@
 """The recipe: a strict schema of everything that determines a run.
 
-One YAML file, one section a stage. Unknown keys are refused, every fault is reported at once, each
-with its path in the file. Sections are plain frozen models that the rooms take as their options.
+One YAML file, one section a stage. Unknown keys are refused; faults are reported together, each with its
+path in the file. What settings must have in common is looked at once each of them is right by itself.
+Sections are plain frozen models that the rooms take as their options.
 """
 
 from __future__ import annotations
@@ -711,7 +712,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         overrides: ``"section.key=value"`` settings that replace what the file says; values are YAML.
 
     Raises:
-        RecipeError: lists every fault with its place.
+        RecipeError: lists the faults, each with its place.
     """
     return checked(Recipe, read_fields(path, overrides), str(path))
 
@@ -759,7 +760,7 @@ def checked(schema: type[Checked], fields: Mapping[str, Any], where: str) -> Che
     """Check plain values by a schema; ``where`` names their source in errors.
 
     Raises:
-        RecipeError: lists every fault with its place.
+        RecipeError: lists the faults, each with its place.
     """
     try:
         return schema.model_validate(fields)

@@ -27,7 +27,6 @@ def faults(file: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"methods": []}, "recipe: methods should have at least one"),
         ({"methods": [NEFT, NEFT]}, "recipe: two methods are named 'neft'"),
         (
             {"methods": [FULL | {"method": "sgd"}]},
@@ -47,8 +46,8 @@ def faults(file: Path) -> list[str]:
             "recipe: method 'x': rate_of names 'nft', which is none of neft, x",
         ),
         (
-            {"methods": [FULL | {"tasks": ["lower"]}]},
-            "recipe: tasks.upper: no method is run on it; method 'full': task names 'lower', which",
+            {"methods": [NEFT, FULL | {"tasks": ["lower"]}]},
+            "recipe: method 'full': task names 'lower', which is none of upper",
         ),
         ({"methods": [FULL | {"tasks": []}]}, "methods.0: tasks is empty"),
         (
@@ -183,6 +182,22 @@ def test_what_lends_its_neurons_is_checked_too(tiny_comparison, tmp_path) -> Non
     assert found == "warmup.stepz: unknown key (found 3) (task 'lent', method 'neft')"
 
 
-def test_all_faults_of_names_are_told_at_once(tiny_comparison, tmp_path) -> None:
-    (found,) = faults(tiny_comparison(tmp_path, seeds=[1, 1], reference="x", methods=[NEFT, NEFT]))
-    assert found.count(";") == 2
+def test_faults_of_names_and_of_cells_are_told_at_once_a_line_each(
+    tiny_comparison, tmp_path
+) -> None:
+    lent = NEFT_LIKE | {"name": "lent", "union_with": ["nowhere"], "rate_of": "nothing"}
+    changes = {"seeds": [], "reference": "x", "methods": [NEFT, NEFT, lent], "train.stepz": 3}
+    found = faults(tiny_comparison(tmp_path, **changes))
+    assert found == [
+        "recipe: seeds should have at least one",
+        "recipe: two methods are named 'neft'",
+        "recipe: reference names 'x', which is none of neft, neft, lent",
+        "recipe: method 'lent': task names 'nowhere', which is none of upper",
+        "recipe: method 'lent': rate_of names 'nothing', which is none of neft, lent",
+        "train.stepz: unknown key (found 3) (task 'upper', method 'neft')",
+    ]
+    found = faults(tiny_comparison(tmp_path, methods=[]))
+    assert found == [
+        "recipe: methods should have at least one",
+        "recipe: tasks.upper: no method is run on it",
+    ]

@@ -135,12 +135,11 @@ class Comparison(Section):
     keep_models: bool = False
     """Keep the whole checkpoints of methods without an adapter once they are evaluated."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Comparison:
-        faults = [*self._faults_of_names(), *self._faults_of_methods(), *self._faults_of_figures()]
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+    def faults(self) -> Iterator[str]:
+        """What does not fit together, of names, methods and figures."""
+        yield from self._faults_of_names()
+        yield from self._faults_of_methods()
+        yield from self._faults_of_figures()
 
     def _faults_of_names(self) -> Iterator[str]:
         for place in ("seeds", "tasks", "methods"):
@@ -240,9 +239,7 @@ class Comparison(Section):
         """The fields of that recipe, unchecked."""
         over = self.tasks[task]
         train = self.train | over.train | entry.train
-        train |= {"method": entry.method, "learning_rate": rate}
-        if entry.lora is not None:
-            train["lora"] = entry.lora
+        train |= {"method": entry.method, "learning_rate": rate, "lora": entry.lora}
         fields: Settings = {
             "output": self.output,
             "seed": seed,
@@ -308,19 +305,30 @@ def load_comparison(path: str | os.PathLike[str], overrides: Sequence[str] = ())
         overrides: as for ``neft.recipe.load_recipe``.
 
     Raises:
-        RecipeError: lists every fault with its place, of the file itself or of the cells.
+        RecipeError: lists its faults and those of its cells, each with its place.
     """
     fields = read_fields(path, overrides)
     if not is_comparison(fields):
         raise RecipeError(f"{path}: has no methods to compare; it is a recipe for neft run.")
     comparison = checked(Comparison, fields, str(path))
+    faults = [f"recipe: {fault}" for fault in comparison.faults()]
+    faults += _faults_of_cells(comparison)
+    if faults:
+        raise refused(str(path), faults)
+    return comparison
+
+
+def _faults_of_cells(comparison: Comparison) -> list[str]:
     # Cells share their sections, so that one fault is in many; each is told once, with its first cell.
     places: dict[str, str] = {}
     for task, entry in chain(comparison.first_cells(), comparison.lent_cells()):
-        rate = comparison.rates_of(entry)[0]
-        cell = comparison.fields_of(task, entry, comparison.seeds[0], rate)
-        for fault in faults_of(Recipe, cell):
-            places.setdefault(fault, f" (task {task!r}, method {entry.name!r})")
-    if places:
-        raise refused(str(path), [f"{fault}{place}" for fault, place in places.items()])
-    return comparison
+        if task in comparison.tasks:
+            rate = entry.learning_rates[0] if entry.learning_rates else _ANY_RATE
+            cell = comparison.fields_of(task, entry, next(iter(comparison.seeds), 0), rate)
+            for fault in faults_of(Recipe, cell):
+                places.setdefault(fault, f" (task {task!r}, method {entry.name!r})")
+    return [f"{fault}{place}" for fault, place in places.items()]
+
+
+# Of a row that takes another's, which is checked with that one.
+_ANY_RATE = 1.0

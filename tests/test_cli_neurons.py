@@ -382,7 +382,9 @@ def test_extract_refuses(models, tmp_path) -> None:
     file = tmp_path / "s.safetensors"
     assert "--set seed=1" in refused("score", *models, "-o", file, "--set", "seed=1")
     assert "nowhere: no such" in refused("extract", models[0], "./nowhere", "--count", 1, *out)
-    assert "none of the 5" in refused("extract", models[0], models[0], "--count", 5, *out)
+    assert "no neuron of the 4 scored" in refused(
+        "extract", models[0], models[0], "--count", 5, *out
+    )
     assert "base: exists already" in refused("extract", *models, "--count", 1, "-o", models[0])
     missing = ("--recipe", tmp_path / "none.yaml")
     assert "none.yaml: cannot be read" in refused("extract", *models, "--count", 1, *out, *missing)

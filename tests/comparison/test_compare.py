@@ -48,7 +48,7 @@ def found(folder: Path) -> Any:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        times = ("seconds", "seconds_per_step", "peak_memory_bytes", "finished")
+        times = ("seconds", "seconds_per_step", "peak_memory_bytes", "finished", "commit")
         return {k: without_times(v) for k, v in value.items() if k not in times}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 

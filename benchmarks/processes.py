@@ -7,6 +7,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -141,13 +142,14 @@ class _Worker:
         """The answer; None once memory ran out."""
         if self._name in self._outcomes.skipped:
             return None
-        self._pipe.send(request)
+        with suppress(BrokenPipeError):  # of a process that died; there will be no answer
+            self._pipe.send(request)
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise RuntimeError(
                 f"{self._name}: its process ended with exit code {self._process.exitcode}; -9 says that "

@@ -28,6 +28,7 @@ from measuring import Ratio, ratio, resident_bytes, restart_peak, write_figures
 from processes import in_processes
 
 PARTS = ("forward", "backward", "optimizer")
+COMPARED = ("floor", "neft", "lora", "shira", "mask", "full")
 QUICK = ("floor", "neft", "lora", "mask", "full")
 
 
@@ -339,13 +340,16 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Preset]
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="begin no round, but for one, after as many"
     )
-    parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods",
+        help=f"comma-separated, of {', '.join(METHODS)}; default: {', '.join(COMPARED)}",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
     if options.quick:
         options.preset = "quick"
     if options.methods is None:
-        options.methods = ",".join(QUICK if options.quick else METHODS)
+        options.methods = ",".join(QUICK if options.quick else COMPARED)
     options.methods = options.methods.split(",")
     if unknown := set(options.methods) - set(METHODS):
         parser.error(f"unknown methods {sorted(unknown)}; choose from {', '.join(METHODS)}")

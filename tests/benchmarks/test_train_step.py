@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import replace
 from functools import partial
+from threading import Timer
 
 import pytest
 import torch
@@ -130,3 +132,20 @@ def test_a_process_that_dies_is_named():
     works = {"fits": Counting, "dies": partial(Counting, kills_at=1)}
     with pytest.raises(RuntimeError, match="dies: its process ended with exit code 7"):
         in_processes(works, rounds=3, preload=["torch"], together=True)
+
+
+class Leaving(Counting):
+    def step(self) -> int:
+        Timer(0.1, os._exit, [7]).start()
+        return super().step()
+
+
+class Slow(Counting):
+    def step(self) -> int:
+        time.sleep(1)
+        return super().step()
+
+
+def test_a_process_that_dies_while_others_work_is_named():
+    with pytest.raises(RuntimeError, match="leaves: its process ended with exit code 7"):
+        in_processes({"leaves": Leaving, "slow": Slow}, rounds=1, preload=["torch"], together=True)

@@ -87,7 +87,10 @@ def test_load_names_the_file_in_faults(recipe_file: Path) -> None:
     recipe_file.write_text(yaml.safe_dump(changed(train__stepz=3)), encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file)
-    assert str(caught.value) == f"{recipe_file}: 1 fault:\n  train.stepz: unknown key (found 3)"
+    assert (
+        str(caught.value)
+        == f"{recipe_file}: 1 fault:\n  train.stepz: unknown key (found 3); did you mean steps?"
+    )
     assert caught.value.exit_code == 2
 
 
@@ -436,7 +439,7 @@ def test_override_of_an_empty_section(recipe_file: Path) -> None:
         ("seed=[", r"--set seed=\[: not a YAML value"),
         ("seed.deep=3", "--set seed.deep=3: 'seed' is not a section"),
         ("data.train.split=x", "'train' is not a section"),
-        ("train.epoch=3", "train.epoch: unknown key"),
+        ("train.epoch=3", r"train.epoch: unknown key \(found 3\); did you mean epochs\?"),
         ("seed=many", "seed: Input should be a valid integer"),
     ],
 )

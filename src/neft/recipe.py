@@ -7,10 +7,11 @@ Sections are plain frozen models that the rooms take as their options.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -765,7 +766,7 @@ def checked(schema: type[Checked], fields: Mapping[str, Any], where: str) -> Che
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
-        raise refused(where, _fault_lines(error)) from error
+        raise refused(where, _fault_lines(schema, error)) from error
 
 
 def faults_of(schema: type[Section], fields: Mapping[str, Any]) -> list[str]:
@@ -773,7 +774,7 @@ def faults_of(schema: type[Section], fields: Mapping[str, Any]) -> list[str]:
     try:
         schema.model_validate(fields)
     except ValidationError as error:
-        return _fault_lines(error)
+        return _fault_lines(schema, error)
     return []
 
 
@@ -793,11 +794,11 @@ _MESSAGES = {
 }
 
 
-def _fault_lines(error: ValidationError) -> list[str]:
-    return [line for fault in error.errors() for line in _lines_of(fault)]
+def _fault_lines(schema: type[BaseModel], error: ValidationError) -> list[str]:
+    return [line for fault in error.errors() for line in _lines_of(schema, fault)]
 
 
-def _lines_of(fault: ErrorDetails) -> Iterator[str]:
+def _lines_of(schema: type[BaseModel], fault: ErrorDetails) -> Iterator[str]:
     places = [str(part) for part in fault["loc"] if part not in _SOURCE_KINDS]
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, _SettingsError):
@@ -807,7 +808,29 @@ def _lines_of(fault: ErrorDetails) -> Iterator[str]:
     message = _MESSAGES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     value = fault["input"]
     found = "" if isinstance(value, dict) else f" (found {value!r})"
-    yield f"{'.'.join(places) or 'recipe'}: {message}{found}"
+    known = _keys_beside(schema, fault["loc"]) if fault["type"] == "extra_forbidden" else ()
+    close = difflib.get_close_matches(places[-1] if places else "", known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    yield f"{'.'.join(places) or 'recipe'}: {message}{found}{hint}"
+
+
+def _keys_beside(schema: type[BaseModel], place: Sequence[str | int]) -> Collection[str]:
+    """The known keys of the section that an unknown key stands in, where it can be only one."""
+    for part in place[:-1]:
+        if part in schema.model_fields:
+            sections = list(_sections_in(schema.model_fields[str(part)].annotation))
+            if len(sections) != 1:
+                return ()
+            schema = sections[0]
+    return schema.model_fields
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if arguments := get_args(annotation):
+        for argument in arguments:
+            yield from _sections_in(argument)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
 
 
 def _apply_override(fields: dict[str, Any], override: str) -> None:

@@ -115,7 +115,10 @@ def faults(file: Path) -> list[str]:
             "recipe: figure 'f' names 'lora', which is none of neft, full",
         ),
         # Faults of the cells, with the first cell that has them.
-        ({"train.stepz": 3}, "train.stepz: unknown key (found 3) (task 'upper', method 'neft')"),
+        (
+            {"train.stepz": 3},
+            "train.stepz: unknown key (found 3); did you mean steps? (task 'upper', method 'neft')",
+        ),
         ({"data.target_language": None}, "data: translation needs source_language and target"),
         (
             {"methods": [FULL, {k: v for k, v in NEFT.items() if k != "select"}]},
@@ -179,7 +182,10 @@ def test_what_lends_its_neurons_is_checked_too(tiny_comparison, tmp_path) -> Non
     tasks = {"upper": {}, "lent": {"warmup": {"stepz": 3}}}
     methods = [NEFT | {"union_with": ["lent"], "tasks": ["upper"]}]
     (found,) = faults(tiny_comparison(tmp_path, tasks=tasks, methods=methods))
-    assert found == "warmup.stepz: unknown key (found 3) (task 'lent', method 'neft')"
+    assert (
+        found
+        == "warmup.stepz: unknown key (found 3); did you mean steps? (task 'lent', method 'neft')"
+    )
 
 
 def test_faults_of_names_and_of_cells_are_told_at_once_a_line_each(
@@ -194,7 +200,7 @@ def test_faults_of_names_and_of_cells_are_told_at_once_a_line_each(
         "recipe: reference names 'x', which is none of neft, neft, lent",
         "recipe: method 'lent': task names 'nowhere', which is none of upper",
         "recipe: method 'lent': rate_of names 'nothing', which is none of neft, lent",
-        "train.stepz: unknown key (found 3) (task 'upper', method 'neft')",
+        "train.stepz: unknown key (found 3); did you mean steps? (task 'upper', method 'neft')",
     ]
     found = faults(tiny_comparison(tmp_path, methods=[]))
     assert found == [

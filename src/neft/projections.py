@@ -390,7 +390,8 @@ class _Network:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         self.title = type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
         self.architecture = ARCHITECTURES.get(str(model_type))
-        self.width = _residual_width(model)
+        # Of the residual stream.
+        self.width = getattr(input_embeddings(model), "embedding_dim", None)
         self.modules = dict(_walk(model, "", set()))
         self.linear = {
             name: linear
@@ -570,12 +571,14 @@ def _output_head(model: Any) -> nn.Module | None:
     return None if head is None else _unwrapped(head)
 
 
-def _residual_width(model: Any) -> int | None:
-    """Length of the vectors between layers, where the model is one of transformers' and tells."""
+def input_embeddings(model: Any) -> nn.Module | None:
+    """The layer that reads tokens, where the model is one of transformers' and has one."""
     try:
-        return getattr(model.get_input_embeddings(), "embedding_dim", None)
+        found: nn.Module | None = model.get_input_embeddings()
+    # No model of transformers; one that does not tell.
     except (AttributeError, NotImplementedError):
         return None
+    return found
 
 
 def _stack_of(expert: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from training_runs import Killed, Run, assert_same, kill_at, plain_weights, weights_in
+from training_runs import Run, assert_same, plain_weights, run_until, weights_in
 
 from neft.checkpoints import open_weights
 from neft.errors import ArchitectureError, NeuronError, UsageError
@@ -21,7 +21,6 @@ from neft.models import load_model
 from neft.neurons import NeuronSet
 from neft.projections import as_module, find_projections
 from neft.recipe import DataSection, LoraSection, ModelSection, TrainingSection, TrainSection
-from neft.sft import callbacks
 from neft.sft.footprint import Trained, trained_tensors
 from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.train import train
@@ -139,14 +138,9 @@ def test_masked_training_is_compact_training(
 
 
 @pytest.mark.parametrize("method", ["embed", "in_out", "lora", "mask"])
-def test_interrupted_run_continues(
-    method: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_continues(method: str, run: Run, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", method)
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks.SealCheckpoints, "on_step_begin", kill_at(5))
-        with pytest.raises(Killed):
-            run(tmp_path / "broken", method)
+    run_until(5, run, tmp_path / "broken", method)
     assert_same(run(tmp_path / "broken", method), whole)
 
 

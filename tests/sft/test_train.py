@@ -17,7 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from training_runs import Killed, Run, assert_same, assert_same_weights, kill, kill_at, weights_in
+from training_runs import (
+    Killed,
+    Run,
+    assert_same,
+    assert_same_weights,
+    kill,
+    kill_at,
+    run_until,
+    weights_in,
+)
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
@@ -447,12 +456,8 @@ def test_damaged_checkpoint_changes_nothing(
     run: Run,
     reference: Callable[[str], TrainingResult],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks.SealCheckpoints, "on_step_begin", kill_at(5))
-        with pytest.raises(Killed):
-            run(tmp_path)
+    run_until(5, run, tmp_path)
     (tmp_path / "checkpoints/checkpoint-4" / name).unlink()
     assert_same(run(tmp_path), reference("full"))
 
@@ -472,12 +477,8 @@ def test_plan_that_cannot_be_read(
     damage: Callable[[Path], None],
     run: Run,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks.SealCheckpoints, "on_step_begin", kill_at(5))
-        with pytest.raises(Killed):
-            run(tmp_path)
+    run_until(5, run, tmp_path)
     damage(tmp_path / "checkpoints/plan.json")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
@@ -513,13 +514,9 @@ def test_run_killed_twice(
     kills: tuple[int, int],
     run: Run,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for step in kills:
-        with monkeypatch.context() as patched:
-            patched.setattr(callbacks.SealCheckpoints, "on_step_begin", kill_at(step))
-            with pytest.raises(Killed):
-                run(tmp_path / "broken", **options)
+        run_until(step, run, tmp_path / "broken", **options)
     assert_same(run(tmp_path / "broken", **options), run(tmp_path / "whole", **options))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from neft.models import load_model
 from neft.recipe import LoraSection, ModelSection
+from neft.sft.callbacks import SealCheckpoints
 from neft.sft.train import TrainingResult
 
 
@@ -76,3 +78,11 @@ def kill_at(step: int) -> Callable[..., None]:
             raise Killed
 
     return on_step_begin
+
+
+def run_until(step: int, run: Run, folder: Path, *args: Any, **options: Any) -> None:
+    """A run that is killed when this step begins."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SealCheckpoints, "on_step_begin", kill_at(step))
+        with pytest.raises(Killed):
+            run(folder, *args, **options)

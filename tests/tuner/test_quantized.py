@@ -32,6 +32,7 @@ from neft import NeftConfig
 from neft.errors import NeuronError, UsageError
 from neft.quantized import keep_format
 from neft.reference.masked import mask_gradients
+from neft.tuner.functional import Selection
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
@@ -413,4 +414,16 @@ def test_quantizing_under_an_adapter(tiny_model, resident, enabled):
         torch.set_grad_enabled(enabled),
         pytest.raises(UsageError, match=r"up_proj: .* a Int8Tensor .*Quantize first, then add"),
     ):
+        wrapped(input_ids=IDS)
+
+
+@torch.no_grad()
+def test_what_a_weight_cannot_do_is_not_laid_to_quantization(tiny_model, monkeypatch):
+    wrapped = get_peft_model(tiny_model(), NeftConfig(neurons=choose(tiny_model())))
+
+    def write(*_: Any) -> None:
+        raise NotImplementedError("of another library")
+
+    monkeypatch.setattr(Selection, "write", write)
+    with pytest.raises(NotImplementedError, match="of another library"):
         wrapped(input_ids=IDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from neft.pipeline.identity import model_identity
 from neft.pipeline.probing import check_probe
 from neft.pipeline.selection import choose, unscored, with_rank
 from neft.projections import check_can_be_watched, find_projections
-from neft.recipe import DataSection, Recipe, load_recipe
+from neft.recipe import DataSection, ModelSection, Recipe, load_recipe
 from neft.sft.data import Split, load_examples, load_texts
 from neft.sft.methods import find_method
 from neft.sft.prompts import encode, encode_all, prompt_ids
@@ -24,6 +25,7 @@ from neft.streaming import context_length
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
@@ -121,62 +123,86 @@ def check_data(recipe: Recipe) -> dict[str, Any]:
         UsageError: a file, row or field that cannot be used, a text that is too long for the model, or a
             language that no metric can score.
     """
-    from neft.checkpoints import open_weights
-
     tokenizer = load_tokenizer(recipe.model)
-    network = open_weights(recipe.model.path, recipe.model.revision).network
-    context = context_length(network) or math.inf
-
-    def too_long(what: str, remedy: str) -> DataError:
-        return DataError(f"{what}; the context of {recipe.model.path} has {context}. {remedy}")
-
-    def count(data: DataSection, split: Split) -> dict[str, int]:
-        examples = load_examples(data, split)
-        encoded = encode_all(examples, tokenizer, data)
-        longest = max(encoded.input_ids, key=len)
-        if len(longest) > context:
-            found = (
-                e for e in examples if encode(e, tokenizer, data)[0][: data.max_length] == longest
-            )
-            raise too_long(
-                f"{next(found).place}: {len(longest)} tokens",
-                f"Lower data.max_length to {context}.",
-            )
-        return {
-            "num_examples": len(examples),
-            "num_dropped": encoded.num_dropped,
-            "num_truncated": encoded.num_truncated,
-        }
-
+    context = _Context.of(recipe.model)
     splits: tuple[Split, ...] = ("train", "dev")
-    counts = {str(split): count(recipe.data, split) for split in splits}
+    counts = {str(split): _count(recipe.data, split, tokenizer, context) for split in splits}
     if recipe.warmup is not None:
         elsewhere = recipe.warmup.data_of(recipe.data)
         for split in splits:
             fields = (split, f"{split}_limit")
             if any(getattr(elsewhere, name) != getattr(recipe.data, name) for name in fields):
-                counts[f"warmup.{split}"] = count(elsewhere, split)
-    examples = load_examples(recipe.data, "test")
-    prompts = [len(prompt_ids(example, tokenizer, recipe.data)) for example in examples]
-    longest, num_new = max(prompts), recipe.evaluate.max_new_tokens
-    if longest + num_new > context:
-        raise too_long(
-            f"{examples[prompts.index(longest)].place}: {longest} tokens, and evaluate.max_new_tokens = "
-            f"{num_new} more",
-            "Lower evaluate.max_new_tokens, or leave the example out.",
-        )
-    references = [example.target for example in examples]
-    check_metrics(recipe.data.task, recipe.data.target_language, references)
-    counts["test"] = {"num_examples": len(examples)}
+                counts[f"warmup.{split}"] = _count(elsewhere, split, tokenizer, context)
+    counts["test"] = _count_test(recipe, tokenizer, context)
     if finds_neurons(recipe) and not recipe.score.needs_warmup:
         texts, _ = check_probe(recipe)
         counts["probe"] = {"num_texts": len(texts)}
     general = recipe.evaluate.general
     if general is not None:
         counts["general"] = {"num_texts": len(load_texts(general))}
-        if general.max_length > context:
-            raise too_long(
+        if general.max_length > context.length:
+            raise context.exceeded(
                 f"evaluate.general.max_length: {general.max_length} tokens",
-                f"Lower it to {context}.",
+                f"Lower it to {context.length}.",
             )
     return counts
+
+
+def _count(
+    data: DataSection, split: Split, tokenizer: PreTrainedTokenizerBase, context: _Context
+) -> dict[str, int]:
+    """Examples of a split that is learnt from."""
+    examples = load_examples(data, split)
+    encoded = encode_all(examples, tokenizer, data)
+    longest = max(encoded.input_ids, key=len)
+    if len(longest) > context.length:
+        place = next(
+            example.place
+            for example in examples
+            if encode(example, tokenizer, data)[0][: data.max_length] == longest
+        )
+        raise context.exceeded(
+            f"{place}: {len(longest)} tokens", f"Lower data.max_length to {context.length}."
+        )
+    return {
+        "num_examples": len(examples),
+        "num_dropped": encoded.num_dropped,
+        "num_truncated": encoded.num_truncated,
+    }
+
+
+def _count_test(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: _Context
+) -> dict[str, int]:
+    examples = load_examples(recipe.data, "test")
+    prompts = [len(prompt_ids(example, tokenizer, recipe.data)) for example in examples]
+    longest, num_new = max(prompts), recipe.evaluate.max_new_tokens
+    if longest + num_new > context.length:
+        raise context.exceeded(
+            f"{examples[prompts.index(longest)].place}: {longest} tokens, and evaluate.max_new_tokens = "
+            f"{num_new} more",
+            "Lower evaluate.max_new_tokens, or leave the example out.",
+        )
+    references = [example.target for example in examples]
+    check_metrics(recipe.data.task, recipe.data.target_language, references)
+    return {"num_examples": len(examples)}
+
+
+@dataclass(frozen=True)
+class _Context:
+    """How much a model can read at once."""
+
+    model: str
+    length: float
+    """In tokens; infinite where the model does not say."""
+
+    @classmethod
+    def of(cls, model: ModelSection) -> _Context:
+        from neft.checkpoints import open_weights
+
+        network = open_weights(model.path, model.revision).network
+        return cls(model.path, context_length(network) or math.inf)
+
+    def exceeded(self, what: str, remedy: str) -> DataError:
+        """The error that something is longer."""
+        return DataError(f"{what}; the context of {self.model} has {self.length}. {remedy}")

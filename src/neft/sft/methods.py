@@ -40,10 +40,9 @@ def _all_weights(network: nn.Module) -> list[nn.Parameter]:
 def _embedding_weights(network: Any) -> list[nn.Parameter]:
     from torch import nn
 
-    try:
-        embeddings = network.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embeddings = None
+    from neft.projections import input_embeddings
+
+    embeddings = input_embeddings(network)
     weight = getattr(embeddings, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         kind = "none" if embeddings is None else f"{type(embeddings).__name__} without such weights"

@@ -260,28 +260,33 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                 as version counters tell; they do not see writes to ``vectors.data``.
         """
         try:
-            if names != tuple(self._resident):
-                self._restore()
-            weight: Tensor = self._base.weight
-            if not names:
-                return weight
-            stamp = self._stamp_of(names, user)
-            if stamp is not None and stamp == self._stamp:
-                return weight
-            if not self._resident:
-                self._check_disjoint(names)
-                # Recorded before the first write, so that an interrupted one is still put back.
-                self._resident = {name: self._selection(name).read(weight) for name in names}
-                self._resident_in_shares = _is_sharded(self._base)
-            self._stamp = None
-            for name in names:
-                self._selection(name).write(weight, self._vectors(name))
-            self._stamp = stamp
-        except NotImplementedError as error:  # torchao's, of a weight that it put here since
+            return self._written(names, user)
+        except NotImplementedError as error:  # torchao's
+            if not is_quantized(self._base):
+                raise
             raise UsageError(
                 f"{self.name}: its weight has become a {type(self._base.weight).__name__} since the "
                 "adapter was added, and cannot hold vectors. Quantize first, then add the adapter."
             ) from error
+
+    def _written(self, names: tuple[str, ...], user: object) -> Tensor:
+        if names != tuple(self._resident):
+            self._restore()
+        weight: Tensor = self._base.weight
+        if not names:
+            return weight
+        stamp = self._stamp_of(names, user)
+        if stamp is not None and stamp == self._stamp:
+            return weight
+        if not self._resident:
+            self._check_disjoint(names)
+            # Recorded before the first write, so that an interrupted one is still put back.
+            self._resident = {name: self._selection(name).read(weight) for name in names}
+            self._resident_in_shares = _is_sharded(self._base)
+        self._stamp = None
+        for name in names:
+            self._selection(name).write(weight, self._vectors(name))
+        self._stamp = stamp
         return weight
 
     def _stamp_of(self, names: tuple[str, ...], user: object) -> object:

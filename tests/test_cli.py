@@ -575,6 +575,7 @@ def test_train_alone(finished, tmp_path) -> None:
     differs = re.search("neurons is (.*) there, (.*) in this recipe", call(*arguments).stderr)
     assert differs is not None
     assert differs[1] != differs[2]
+    assert max(map(len, differs.groups())) < 80
     arguments[3] = neurons
     (tmp_path / "mine").rename(tmp_path / "renamed")
     renamed = call(*arguments[:-1], tmp_path / "renamed")

@@ -284,6 +284,20 @@ def test_unknown_architecture_has_no_roles(modules: list[str] | None) -> None:
     assert "\n  blocks.*.w1  6 x 4 (3)\n  blocks.*.w2  4 x 6 (3)\n  mix  5 x 4 (1)\n" in message
 
 
+def test_examples_for_an_unknown_architecture_lie_on_the_residual_stream() -> None:
+    class Wide(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"widest": nn.Linear(6, 12), "narrows": nn.Linear(12, 6)})
+
+        def get_input_embeddings(self) -> nn.Module:
+            return nn.Embedding(9, 4)
+
+    with pytest.raises(ArchitectureError) as caught:
+        find_projections(Wide())
+    assert "modules=['blocks.*.w1', 'blocks.*.w2']" in str(caught.value)
+
+
 def test_examples_for_an_unknown_architecture_with_grouped_queries(tiny_model: TinyModel) -> None:
     """Keys and values narrow like what writes, and queries may be wider than what they read."""
     model = tiny_model("starcoder2", head_dim=12)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,10 +21,11 @@ from neft.errors import DivergenceError, RunError
 from neft.neurons import NeuronSet
 from neft.pipeline.evaluate import read_predictions
 from neft.pipeline.results import Results
-from neft.pipeline.run import run
+from neft.pipeline.run import run, train
 from neft.pipeline.status import read_status
 from neft.pipeline.store import locked
 from neft.recipe import load_recipe
+from neft.sft.callbacks import SealCheckpoints
 
 
 def die_before(name: str) -> None:
@@ -201,6 +203,30 @@ def test_killed_run_ends_like_an_unbroken_one(unbroken, tiny_recipe, tmp_path) -
     )
     assert results.trained == expected.trained
     assert results.best_dev_loss == expected.best_dev_loss
+
+
+class Killed(BaseException):
+    """Stands for a kill in this very process: nothing of the package catches it."""
+
+
+def test_a_training_alone_goes_on_where_it_was_killed(unbroken, tmp_path) -> None:
+    folder, _ = unbroken
+    recipe, neurons = load_recipe(folder / "recipe.yaml"), folder / "run/select/neurons.json"
+
+    def die_in_step_3(self: object, args: object, state: Any, *_: object, **__: object) -> None:
+        if state.global_step == 2:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SealCheckpoints, "on_step_begin", die_in_step_3)
+        with pytest.raises(Killed):
+            train(recipe, neurons, tmp_path / "mine", say=lambda line: None)
+    said: list[str] = []
+    train(recipe, neurons, tmp_path / "mine", say=said.append)
+    assert said[0] == "train: continues"
+    weights = "adapter/adapter_model.safetensors"
+    expected = (folder / "run" / "train" / weights).read_bytes()
+    assert (tmp_path / "mine" / weights).read_bytes() == expected
 
 
 def test_a_training_that_broke_down_at_once_is_in_nobodys_way(tiny_recipe, tmp_path) -> None:

@@ -108,6 +108,8 @@ def machine(packages: Iterable[str] = ("torch", "transformers", "peft", "neft"))
     """What the figures were measured on, with the versions of ``packages`` and the commit."""
     import torch
 
+    from neft.products import onednn_is_faster
+
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -119,6 +121,7 @@ def machine(packages: Iterable[str] = ("torch", "transformers", "peft", "neft"))
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "onednn_is_faster": onednn_is_faster(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "environment": {
             name: value

@@ -74,6 +74,8 @@ def stream(
     from rich.console import Console
     from rich.progress import track
 
+    from neft.products import faster_linear
+
     check_texts(as_module(model), texts)
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -81,7 +83,7 @@ def stream(
     console = Console(stderr=True)
     was_training = model.training
     model.eval()
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), faster_linear():
         hooks.callback(model.train, was_training)
         for collector in collectors:
             for handle in collector.watch(model):

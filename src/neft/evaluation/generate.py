@@ -75,6 +75,8 @@ def _continue(
     """New tokens ``[batch, new]``; rows that ended early are filled with the pad token."""
     import torch
 
+    from neft.products import faster_linear
+
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), config.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -82,7 +84,7 @@ def _continue(
         # Padding goes to the left, so that every continuation starts at the same position.
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
-    with torch.no_grad():
+    with torch.no_grad(), faster_linear():
         try:
             sequences = model.generate(
                 input_ids=input_ids.to(model.device),

@@ -136,6 +136,8 @@ def _sums_of_losses(
     import torch
     import torch.nn.functional as F
 
+    from neft.products import faster_linear
+
     longest = max(map(len, texts))
     input_ids = torch.zeros((len(texts), longest), dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -148,7 +150,7 @@ def _sums_of_losses(
     input_ids, attention_mask, targets = (
         tensor.to(model.device) for tensor in (input_ids, attention_mask, targets)
     )
-    with torch.no_grad():
+    with torch.no_grad(), faster_linear():
         try:
             logits: torch.Tensor = model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False

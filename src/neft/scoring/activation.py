@@ -18,6 +18,7 @@ from neft import __version__
 from neft.checkpoints import WeightSource, open_weights
 from neft.errors import DataError, OutOfMemoryError, RunError
 from neft.neurons import Axis, NeuronScores, Projection
+from neft.products import faster_linear
 from neft.projections import as_module, check_can_be_watched, check_plain, find_candidates
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class ActivationSums:
         """
         # Without the head: nobody looks at its logits.
         stack: Any = as_module(model).base_model
-        with torch.no_grad(), self._watching(model):
+        with torch.no_grad(), faster_linear(), self._watching(model):
             for batch in batches:
                 self._mask = batch["attention_mask"].bool()
                 try:

@@ -32,6 +32,7 @@ from neft.checkpoints import WeightSource, open_weights
 from neft.errors import ArchitectureError, DataError, DivergenceError
 from neft.memory import naming_shortage
 from neft.neurons import Axis, NeuronScores, Projection
+from neft.products import faster_linear
 from neft.projections import check_plain, find_candidates
 from neft.quantized import is_quantized
 from neft.scoring.neuron_vectors import SMALLEST, neuron_vectors
@@ -84,7 +85,7 @@ class GradientSigns:
             DivergenceError: a loss or gradient that is not finite.
             OutOfMemoryError: too little memory.
         """
-        with self._watching(model):
+        with faster_linear(), self._watching(model):
             for batch in batches:
                 with naming_shortage(lambda: f"batch {self.count + 1}"):
                     value = self._loss(model, batch)

@@ -32,6 +32,7 @@ from neft.files import file_identity, write_json
 from neft.memory import naming_shortage
 from neft.models import load_model, load_tokenizer, quiet_transformers
 from neft.neurons import NeuronSet
+from neft.products import faster_linear
 from neft.recipe import DataSection, DistributedSection, LoraSection, ModelSection, TrainingSection
 from neft.sft.batches import FILLER
 from neft.sft.callbacks import (
@@ -348,7 +349,7 @@ def _train(run: _Run, last: Path | None) -> None:
 def _take_steps(trainer: TargetTrainer, options: TrainingSection, last: Path | None) -> None:
     if options.in_backward:
         trainer.add_callback(StepInBackward())
-    with naming_shortage(lambda: f"step {trainer.state.global_step + 1}"):
+    with faster_linear(), naming_shortage(lambda: f"step {trainer.state.global_step + 1}"):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neft.neurons import Axis
+from neft.products import faster_linear, product
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class _WriteThrough(torch.autograd.Function):
         selections: Sequence[Selection],
         *vectors: Tensor,
     ) -> Tensor:
-        y = layer.run(x, layer.load())
+        with faster_linear():
+            y = layer.run(x, layer.load())
         layer.release()
         ctx.layer = layer
         ctx.selections = selections
@@ -106,7 +108,7 @@ class _WriteThrough(torch.autograd.Function):
             # sharded weight was gathered anew.
             weight = ctx.layer.load().to(dy.dtype)
             # One product of matrices: a batch of products with one weight is several times as slow.
-            dx_TI = dy_TO @ (weight.T if ctx.layer.transposed else weight)
+            dx_TI = product(dy_TO, weight.T if ctx.layer.transposed else weight)
             dx = dx_TI.reshape(*dy.shape[:-1], dx_TI.shape[-1]).to(ctx.input_dtype)
             ctx.layer.release()
         if ctx.needs_input_grad[1]:
@@ -124,8 +126,8 @@ def _vector_gradient(selection: Selection, kept: Tensor, dy_TO: Tensor) -> Tenso
     """Gradient ``[K, L]`` of the chosen neurons; ``kept`` is x (rows) or x[:, sel] (columns)."""
     kept_T = kept.reshape(-1, kept.shape[-1])
     if selection.axis is Axis.ROW:
-        return dy_TO.index_select(-1, selection.indices_K).T @ kept_T
-    return kept_T.T @ dy_TO
+        return product(dy_TO.index_select(-1, selection.indices_K).T, kept_T)
+    return product(kept_T.T, dy_TO)
 
 
 def write_through(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from neft.neurons import NeuronScores as NeuronScores
     from neft.neurons import NeuronSet as NeuronSet
     from neft.neurons import Projection as Projection
+    from neft.products import faster_linear as faster_linear
     from neft.projections import find_projections as find_projections
     from neft.scoring import score_neurons as score_neurons
     from neft.tuner import NeftConfig as NeftConfig
@@ -37,6 +38,7 @@ _HOMES = {
     "NeuronScores": "neft.neurons",
     "NeuronSet": "neft.neurons",
     "Projection": "neft.neurons",
+    "faster_linear": "neft.products",
     "find_projections": "neft.projections",
     "score_neurons": "neft.scoring",
 }

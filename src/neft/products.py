@@ -41,9 +41,13 @@ def onednn_is_faster() -> bool:
     )
 
 
-def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """``a @ b`` by the faster library, without gradients; both may be transposed views."""
-    return _by_onednn(a_MK, b_KN.T) if _goes_faster(a_MK, b_KN.T) else a_MK @ b_KN
+def product(x_TI: Tensor, weight_IO: Tensor) -> Tensor:
+    """``x @ weight`` by the faster library, without gradients; the weight may be a transposed view.
+
+    For few shapes of weights and all numbers of tokens ``T``: oneDNN keeps code for each shape.
+    """
+    weight_OI = weight_IO.T
+    return _by_onednn(x_TI, weight_OI) if _goes_faster(x_TI, weight_OI) else x_TI @ weight_IO
 
 
 @contextmanager
@@ -116,19 +120,38 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI = ctx.saved_tensors
-        dy_TO = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = None
         if weight_OI is not None:
-            dx = product(dy_TO, weight_OI).reshape(*dy.shape[:-1], weight_OI.shape[1])
+            dx = _by_onednn(dy, weight_OI.T)
         if x is not None:
-            dweight = product(dy_TO.T, x.reshape(-1, x.shape[-1]))
+            dweight = _onednn(_padded(dy).T, _padded(x).T)
         if ctx.needs_input_grad[2]:
-            dbias = dy_TO.sum(0)
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         return dx, dweight, dbias
 
 
 def _by_onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+    """``F.linear``, without gradients."""
+    y = _onednn(_padded(x), weight_OI, bias_O)
+    num_tokens = x.shape[:-1].numel()
+    return y[:num_tokens].view(*x.shape[:-1], len(weight_OI))
+
+
+def _padded(x: Tensor) -> Tensor:
+    """``x`` as a matrix, with rows of zeros up to a round number: an eighth more at most.
+
+    oneDNN makes code for each number of tokens, up to 0.7 MB for a shape of weights, and never gives all
+    of that back; batches of texts have hundreds of lengths.
+    """
+    x_TI = x.reshape(-1, x.shape[-1])
+    # Between a power of two and the next there are eight round numbers.
+    round_to = 2 ** max(0, len(x_TI).bit_length() - 4)
+    missing = -len(x_TI) % round_to
+    return F.pad(x_TI, (0, 0, 0, missing)) if missing else x_TI
+
+
+def _onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
     return y
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import plot_train_step
+from neft import products
 from processes import in_processes
 from train_step import METHODS, PRESETS, TINY, Training, main
 
@@ -50,7 +51,29 @@ def test_every_method_steps_in_the_presets_for_a_gpu(method, preset):
     training.step()
     after = [*training._model.parameters()]
     moved = sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    assert (moved > 0) == (method != "floor")
+    assert (moved > 0) == (not method.startswith("floor"))
+
+
+@pytest.mark.parametrize(
+    ("method", "num_products"),
+    # Two layers of seven and the head, or four of NeFT, forward.
+    [("floor", 0), ("floor-faster", 15), ("lora", 0), ("lora-faster", 15), ("neft-plain", 4)],
+)
+def test_only_what_says_so_is_faster(method, num_products, monkeypatch):
+    calls = []
+    by_onednn = products._by_onednn
+
+    def counted(*tensors):
+        calls.append(by_onednn(*tensors))
+        return calls[-1]
+
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "_WORTHWHILE", 1)
+    monkeypatch.setattr(products, "_by_onednn", counted)
+    training = Training(method, TINY_CPU)
+    training._step()
+    assert len(calls) >= num_products
+    assert bool(calls) == bool(num_products)
 
 
 def test_prints_ratios_and_writes_figures(tmp_path, capsys):

@@ -126,8 +126,8 @@ def _vector_gradient(selection: Selection, kept: Tensor, dy_TO: Tensor) -> Tenso
     """Gradient ``[K, L]`` of the chosen neurons; ``kept`` is x (rows) or x[:, sel] (columns)."""
     kept_T = kept.reshape(-1, kept.shape[-1])
     if selection.axis is Axis.ROW:
-        return product(dy_TO.index_select(-1, selection.indices_K).T, kept_T)
-    return product(kept_T.T, dy_TO)
+        return dy_TO.index_select(-1, selection.indices_K).T @ kept_T
+    return kept_T.T @ dy_TO
 
 
 def write_through(

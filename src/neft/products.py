@@ -124,7 +124,7 @@ class _Linear(torch.autograd.Function):
         if weight_OI is not None:
             dx = _by_onednn(dy, weight_OI.T)
         if x is not None:
-            dweight = _onednn(_padded(dy).T, _padded(x).T)
+            dweight = _weight_gradient(dy, x)
         if ctx.needs_input_grad[2]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         return dx, dweight, dbias
@@ -132,22 +132,37 @@ class _Linear(torch.autograd.Function):
 
 def _by_onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``F.linear``, without gradients."""
-    y = _onednn(_padded(x), weight_OI, bias_O)
-    num_tokens = x.shape[:-1].numel()
-    return y[:num_tokens].view(*x.shape[:-1], len(weight_OI))
+    x_TI = x.reshape(-1, x.shape[-1])
+    most = _round_number(len(x_TI))
+    if most == len(x_TI):
+        y_TO = _onednn(x_TI, weight_OI, bias_O)
+    else:
+        # Made before what is temporary, which would leave a hole in the heap behind it.
+        y_TO = x.new_empty(len(x_TI), len(weight_OI))
+        y_TO[:most] = _onednn(x_TI[:most], weight_OI, bias_O)
+        torch.mm(x_TI[most:], weight_OI.T, out=y_TO[most:])
+        if bias_O is not None:
+            y_TO[most:] += bias_O
+    return y_TO.view(*x.shape[:-1], len(weight_OI))
 
 
-def _padded(x: Tensor) -> Tensor:
-    """``x`` as a matrix, with rows of zeros up to a round number: an eighth more at most.
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy.T @ x`` of matrices with a row for each token."""
+    dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    most = _round_number(len(x_TI))
+    gradient_OI = _onednn(dy_TO[:most].T, x_TI[:most].T)
+    return gradient_OI.addmm_(dy_TO[most:].T, x_TI[most:])
+
+
+def _round_number(num_tokens: int) -> int:
+    """The most tokens that oneDNN is given of so many; PyTorch multiplies the others, a ninth at most.
 
     oneDNN makes code for each number of tokens, up to 0.7 MB for a shape of weights, and never gives all
-    of that back; batches of texts have hundreds of lengths.
+    of that back; batches of texts have hundreds of lengths. Of round numbers there are eight between a
+    power of two and the next.
     """
-    x_TI = x.reshape(-1, x.shape[-1])
-    # Between a power of two and the next there are eight round numbers.
-    round_to = 2 ** max(0, len(x_TI).bit_length() - 4)
-    missing = -len(x_TI) % round_to
-    return F.pad(x_TI, (0, 0, 0, missing)) if missing else x_TI
+    step: int = 2 ** max(0, num_tokens.bit_length() - 4)
+    return num_tokens // step * step
 
 
 def _onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -123,7 +123,10 @@ def score(before: Path, after: Path) -> None:
 
     # That bfloat16 rounds is not the question here.
     logging.disable(logging.WARNING)
-    score_neurons(before, after, progress=False)
+    try:
+        score_neurons(before, after, progress=False)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 METHODS: dict[str, Callable[[Path, Path], None]] = {"read": read, "scoring": score}

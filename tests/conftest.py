@@ -7,6 +7,7 @@ import os
 import string
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from neft import products
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; threads that wait for one another take several times as long.
@@ -93,6 +96,18 @@ def tiny_config() -> TinyConfig:
         return AutoConfig.for_model(model_type, **(_OWN.get(model_type, _TINY) | overrides))
 
     return make
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Products of all sizes run as on a processor on which oneDNN is ahead; holds its calls."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    calls = Mock(wraps=products._onednn)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "_WORTHWHILE", 1)
+    monkeypatch.setattr(products, "_onednn", calls)
+    return calls
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import plot_train_step
-from neft import products
 from processes import in_processes
 from train_step import METHODS, PRESETS, TINY, Training, main
 
@@ -59,21 +58,10 @@ def test_every_method_steps_in_the_presets_for_a_gpu(method, preset):
     # Two layers of seven and the head, or four of NeFT, forward.
     [("floor", 0), ("floor-faster", 15), ("lora", 0), ("lora-faster", 15), ("neft-plain", 4)],
 )
-def test_only_what_says_so_is_faster(method, num_products, monkeypatch):
-    calls = []
-    by_onednn = products._by_onednn
-
-    def counted(*tensors):
-        calls.append(by_onednn(*tensors))
-        return calls[-1]
-
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "_WORTHWHILE", 1)
-    monkeypatch.setattr(products, "_by_onednn", counted)
-    training = Training(method, TINY_CPU)
-    training._step()
-    assert len(calls) >= num_products
-    assert bool(calls) == bool(num_products)
+def test_only_what_says_so_is_faster(method, num_products, onednn):
+    Training(method, TINY_CPU)._step()
+    assert onednn.call_count >= num_products
+    assert bool(onednn.call_count) == bool(num_products)
 
 
 def test_prints_ratios_and_writes_figures(tmp_path, capsys):

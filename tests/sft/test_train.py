@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from training_runs import (
     Killed,
     Run,
@@ -31,7 +31,7 @@ from training_runs import (
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
-from neft import processes, products
+from neft import processes
 from neft.errors import DataError, NeuronError, RunError, UsageError
 from neft.models import load_model, load_tokenizer
 from neft.neurons import NeuronSet
@@ -336,24 +336,17 @@ def test_the_other_library_trains_the_same(
     run: Run,
     calm: ModelSection,
     tmp_path: Path,
+    onednn: Mock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = {"steps": 3, "gradient_checkpointing": checkpointing}
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
-    usual = run(tmp_path / "usual", method, model=calm, **options)
-    calls: list[Tensor] = []
-    by_onednn = products._by_onednn
-
-    def counted(*tensors: Tensor) -> Tensor:
-        calls.append(by_onednn(*tensors))
-        return calls[-1]
-
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "_WORTHWHILE", 1)
-    monkeypatch.setattr(products, "_by_onednn", counted)
     other = run(tmp_path / "other", method, model=calm, **options)
     # In each step at least the 14 layers and the head, forward and, but for the lowest, backward.
-    assert len(calls) > 3 * 20
+    assert onednn.call_count > 3 * 20
+    onednn.reset_mock()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    usual = run(tmp_path / "usual", method, model=calm, **options)
+    assert onednn.call_count == 0
     assert other.best_dev_loss == pytest.approx(usual.best_dev_loss, rel=1e-5)
     assert [entry["loss"] for entry in other.history["train"]] == pytest.approx(
         [entry["loss"] for entry in usual.history["train"]], rel=1e-5

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,10 +127,21 @@ def process_group(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        distributed.destroy_process_group()
+        _leave_group()
         for key in [key for key in os.environ if key.startswith(_TRACES)]:
             del os.environ[key]
         os.environ.update(before)
+
+
+def _leave_group() -> None:
+    """Leave the group, and let DeepSpeed forget it too, where it was at work."""
+    from torch import distributed
+
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        distributed.destroy_process_group()
 
 
 def _backend(device: torch.device | None) -> str:

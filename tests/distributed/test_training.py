@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FSDP2 = {"engine": "fsdp2"}
 KEPT = FSDP2 | {"reshard_after_forward": False}
 ENGINES = {"ddp": {"engine": "ddp"}, "fsdp2": FSDP2, "fsdp2 without resharding": KEPT}
+DIVIDED = ["fsdp2", "zero2", "zero3"]
+ENGINES |= {engine: {"engine": engine} for engine in DIVIDED}
 # 13 examples make two whole batches of 6, and one that is not.
 EPOCHS = {"steps": None, "epochs": 2, "evaluate_every": 3}
 COSTLY = EPOCHS | {"gradient_accumulation": 2, "gradient_checkpointing": True}
@@ -41,6 +43,7 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "in_out": ({"method": "in_out"}, 1e-4),
     "embed": ({"method": "embed"}, 1e-4),
 }
+RESUMED = ["neft, ddp", *(f"{run}, {engine}" for run in ("neft", "full") for engine in DIVIDED)]
 CASES = {f"{run}, {engine}": (run, engine) for run in RUNS for engine in ENGINES}
 
 
@@ -77,7 +80,7 @@ def outcomes(case: Case, place: Path) -> dict[str, str | None]:
     }
     cases |= {
         f"{name}, killed": replace(cases[name], killed_at=3)
-        for name in ("neft, ddp", "neft, fsdp2", "full, fsdp2")
+        for name in RESUMED
     }
     cases["many files"] = replace(cases["full, fsdp2"], file_bytes=10_000)
     cases = {name: replace(it, folder=str(place / name)) for name, it in cases.items()}
@@ -153,7 +156,7 @@ def test_frozen_weights_stay(
     assert all(any(part in key for part in expected) for key in changed)
 
 
-@pytest.mark.parametrize("name", ["neft, ddp", "neft, fsdp2", "full, fsdp2"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_killed_run_goes_on(outcomes: dict[str, str | None], place: Path, name: str) -> None:
     assert outcomes[f"{name}, killed"] is None
     assert record(place / f"{name}, killed")["history"] == record(place / name)["history"]

@@ -12,6 +12,7 @@ from neft.projections import as_module
 from neft.quantized import dequantized, quantized_layers, values_dtype
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 # Where PEFT's wrappers keep the layer of the plain model.
@@ -22,7 +23,7 @@ class ModuleWeights(WeightSource):
     """Weights of a live module, under the names of the plain model, dequantized.
 
     Of a module wrapped by PEFT these are the weights of its base: an adapter counts as far as it is
-    merged into them. Where processes share them (FSDP2), all must read the same, and each weight is
+    merged into them. Where processes share them (FSDP2, ZeRO), all must read the same, and each weight is
     gathered when it is read, in every process.
     """
 
@@ -44,7 +45,7 @@ class ModuleWeights(WeightSource):
 
     def _info(self, name: str) -> TensorInfo:
         tensor, layer = self._parameters[name], self._quantized.get(name)
-        shape = tensor.shape if layer is None else (layer.out_features, layer.in_features)
+        shape = whole_shape(tensor) if layer is None else (layer.out_features, layer.in_features)
         dtype = tensor.dtype if layer is None else values_dtype(layer)
         return TensorInfo(tuple(shape), str(dtype).removeprefix("torch."))
 
@@ -58,7 +59,7 @@ class ModuleWeights(WeightSource):
         return sum(math.prod(shape) for shape in unique.values())
 
     def _read(self, name: str, index: int | None) -> Tensor:
-        parameter = self._parameters[name].detach()
+        parameter = self._parameters[name]
         if parameter.is_meta:
             raise CheckpointError(
                 f"{self.label}: {name} is on the meta device and has no data. Load the model without "
@@ -75,10 +76,27 @@ def gathered(tensor: Tensor) -> Tensor:
     from torch import distributed
 
     if not distributed.is_available():
-        return tensor
+        return tensor.detach()
+    if is_zero3(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     from torch.distributed.tensor import DTensor
 
+    tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_zero3(tensor: Tensor) -> bool:
+    """Whether DeepSpeed divides a parameter among processes; between passes it is empty."""
+    return hasattr(tensor, "ds_id")
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Of a tensor with the shares of all processes."""
+    shape: torch.Size = tensor.ds_shape if is_zero3(tensor) else tensor.shape
+    return shape
 
 
 def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from neft import processes
 from neft.errors import UsageError
 from neft.recipe import DistributedSection, ModelSection, TrainingSection
-
+from neft.sft import zero
 
 def engine_name(distributed: DistributedSection) -> str | None:
     """The engine that trains in this launch; ``None`` in one process, which needs none."""
@@ -43,10 +45,10 @@ def check_engine(
         )
     if engine == "ddp":
         return
-    if engine.startswith("zero"):
+    if engine in zero.STAGES and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(
-            f"distributed.engine {engine} is not to be had yet: DeepSpeed resumes from pickles, which "
-            "are never loaded here. Use fsdp2, which divides the same things among processes."
+            f"distributed.engine {engine} needs the package deepspeed, which is not installed: "
+            "pip install 'neft[deepspeed]'. Or use fsdp2, which divides the same things."
         )
     if method == "mask":
         raise UsageError(
@@ -70,16 +72,36 @@ def check_engine(
         )
 
 
-def engine_settings(distributed: DistributedSection) -> dict[str, Any]:
-    """Arguments of the trainer's configuration."""
+def engine_at_work(distributed: DistributedSection) -> AbstractContextManager[None]:
+    """Around a training: what the engine needs, and leaves behind."""
+    if engine_name(distributed) in zero.STAGES:
+        return zero.deepspeed_at_work()
+    return nullcontext()
+
+
+def engine_settings(
+    distributed: DistributedSection, dtype: str, *, masters: bool
+) -> dict[str, Any]:
+    """Arguments of the trainer's configuration.
+
+    Args:
+        distributed: names the engine.
+        dtype: of the products of matrices.
+        masters: all weights are float32, whatever ``dtype``.
+    """
+    # float16 needs the loss scaling that comes with it in any case.
+    settings = {"bf16": dtype == "bfloat16" and masters, "fp16": dtype == "float16"}
     match engine_name(distributed):
         case "ddp":
             # All that is trained has a gradient in every step, and no buffer changes.
-            return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+            return settings | {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
         case "fsdp2":
-            return {"fsdp": True, "fsdp_config": _fsdp_config(distributed)}
+            return settings | {"fsdp": True, "fsdp_config": _fsdp_config(distributed)}
+        case "zero2" | "zero3" as engine:
+            config = zero.configuration(engine, dtype, masters=masters)
+            return settings | {"bf16": False, "deepspeed": config}
         case _:  # one process
-            return {}
+            return settings
 
 
 def _fsdp_config(distributed: DistributedSection) -> dict[str, Any]:

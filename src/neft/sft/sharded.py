@@ -1,4 +1,4 @@
-"""Saving and loading where every process has but a share of each tensor (FSDP2).
+"""Saving and loading where every process has but a share of each tensor (FSDP2, ZeRO).
 
 Weights are gathered one tensor at a time, and written a file at a time, in the format of one process; so
 memory is bounded by a file, and whoever reads them need not know how they were trained. The state of the
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from neft.checkpoints.module import gathered
+from neft.checkpoints.module import gathered, whole_shape
 from neft.files import write_json
 
 # Of weights that are in the first process's memory at a time, beside a single larger tensor.
@@ -27,7 +27,7 @@ _FILE_BYTES = 2**30
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the shares of all processes, on the CPU; all must call this, in the same order."""
-    return gathered(tensor.detach()).cpu()
+    return gathered(tensor).cpu()
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def write_weights(model: nn.Module, folder: Path, *, writes: bool) -> None:
     for name, members in files.items():
         content: dict[str, Tensor] = {}
         for member in members:
-            tensor = gathered(tensors[member].detach())
+            tensor = gathered(tensors[member])
             if writes:
                 content[member] = tensor.cpu()
             del tensor
@@ -85,7 +85,7 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return whole_shape(tensor).numel() * tensor.element_size()
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -106,8 +106,9 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     }
 
 
-def own_share(state: dict[str, Any]) -> dict[str, Any]:
+def own_share(optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's ``state_dict()`` with this process's share in place of each divided tensor."""
+    state = optimizer.state_dict()
     shares = {
         number: {key: _local(value) for key, value in entry.items()}
         for number, entry in state["state"].items()

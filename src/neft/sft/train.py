@@ -42,7 +42,7 @@ from neft.sft.callbacks import (
     StopEarly,
     StopOnSignal,
 )
-from neft.sft.engines import check_engine, engine_name, engine_settings, share
+from neft.sft.engines import check_engine, engine_at_work, engine_name, engine_settings, share
 from neft.sft.in_backward import StepInBackward
 from neft.sft.methods import METHODS, check_inputs, prepare
 from neft.sft.prompts import Encoded, load_encoded
@@ -336,7 +336,8 @@ def _train(run: _Run, last: Path | None) -> None:
         discard_torn(run.checkpoints)
     processes.wait_for_all()
     set_seed(run.seed)
-    with quiet_transformers(), StopOnSignal() as stop, ShowProgress() as shown:
+    engine = engine_at_work(run.distributed)
+    with quiet_transformers(), engine, StopOnSignal() as stop, ShowProgress() as shown:
         trainer = _set_up(run, last)
         folders = {step: run.folder / SNAPSHOTS / str(step) for step in run.snapshots}
         for callback in (SealCheckpoints(folders), MeasureSteps(), stop, shown):
@@ -433,7 +434,6 @@ def _trainer(run: _Run, model: nn.Module) -> TargetTrainer:
 def _settings(run: _Run) -> SFTConfig:
     options = run.options
     # Frozen 16-bit weights set the dtype of the products by themselves; float32 masters need autocast.
-    # float16 needs the loss scaling that comes with it in any case.
     masters = not METHODS[run.method].makes_adapter
     settings = SFTConfig(
         output_dir=str(run.checkpoints),
@@ -452,8 +452,6 @@ def _settings(run: _Run) -> SFTConfig:
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=not torch.accelerator.is_available(),
-        bf16=run.model.dtype == "bfloat16" and masters,
-        fp16=run.model.dtype == "float16",
         seed=run.seed,
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         # Every step, as a loss that is not finite must stop the run at once.
@@ -474,7 +472,7 @@ def _settings(run: _Run) -> SFTConfig:
         use_cache=True,
         disable_tqdm=True,
         report_to=list(options.report_to) or "none",
-        **engine_settings(run.distributed),
+        **engine_settings(run.distributed, run.model.dtype, masters=masters),
     )
     # Or the trainer would spread one process over all accelerators that it sees, with a batch for each.
     settings._n_gpu = min(settings.n_gpu, 1)

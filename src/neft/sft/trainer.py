@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import is_triton_available
@@ -24,6 +26,7 @@ from neft.sft.loss import target_loss
 from neft.sft.prompts import IGNORED
 from neft.sft.resume import last_checkpoint
 from neft.sft.sharded import gather_trained, load_own_share, own_share, write_weights
+from neft.sft.zero import torch_optimizer
 
 _WATCHED = {
     "loss": "training loss",
@@ -51,22 +54,40 @@ class TargetTrainer(SFTTrainer):
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
         assert self.is_fsdp_enabled == bool(self.args.fsdp)
+        assert self.is_deepspeed_enabled == bool(self.args.deepspeed)
+
+    @property
+    def _is_divided(self) -> bool:
+        """Each process has but a share of the optimizer's state, and of the weights, or some of them."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train, from the start or from a checkpoint."""
-        if self.is_fsdp_enabled and resume_from_checkpoint and isinstance(self.model, PeftModel):
+        if self._is_divided and resume_from_checkpoint and isinstance(self.model, PeftModel):
             # While its weights are whole. Other models were loaded from the checkpoint in the first
             # place.
             super()._load_from_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:
+        if not self._is_divided:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        # Else the trainer would look for a checkpoint of DeepSpeed's own, which is a pickle.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model or adapter as one process would, whatever share of it each of several has."""
-        if not self.is_fsdp_enabled:
+        if not self._is_divided:
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -81,21 +102,32 @@ class TargetTrainer(SFTTrainer):
             self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not self._is_divided:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        torch.save(own_share(self.optimizer.state_dict()), self._own_optimizer_file(output_dir))
+        with self._own_optimizer() as optimizer:
+            torch.save(own_share(optimizer), self._own_optimizer_file(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
+        if checkpoint is None or not self._is_divided:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         file = self._own_optimizer_file(checkpoint)
-        load_own_share(self.optimizer, torch.load(file, map_location="cpu", weights_only=True))
+        share = torch.load(file, map_location="cpu", weights_only=True)
+        with self._own_optimizer() as optimizer:
+            load_own_share(optimizer, share)
         file = Path(checkpoint) / "scheduler.pt"
         self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
+
+    def _own_optimizer(self) -> AbstractContextManager[Optimizer]:
+        """torch's own, with what this process has of its state."""
+        return (
+            torch_optimizer(self.optimizer)
+            if self.is_deepspeed_enabled
+            else nullcontext(self.optimizer)
+        )
 
     def _own_optimizer_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"optimizer_{self.args.process_index}.pt"
@@ -187,8 +219,10 @@ class TargetTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
-        if all(parameter.grad is None for parameter in model.parameters()):
-            return None  # freed in the backward pass
+        # DeepSpeed keeps gradients elsewhere, and their norm.
+        is_freed = all(parameter.grad is None for parameter in model.parameters())
+        if is_freed and not self.is_deepspeed_enabled:
+            return None  # in the backward pass
         norm: float = super()._get_grad_norm(model, grad_norm)
         return norm
 

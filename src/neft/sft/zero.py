@@ -1,0 +1,83 @@
+"""DeepSpeed's ZeRO: its configuration, and the way to what is within its optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+STAGES = {"zero2": 2, "zero3": 3}
+
+
+@contextmanager
+def deepspeed_at_work() -> Iterator[None]:
+    """Around a training."""
+    # Before anybody else imports it, so that it neither guesses nor compiles.
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # Sums over processes of one machine; gloo adds them up without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        yield
+    finally:
+        # Every model that is loaded as long as transformers knows of it would be divided.
+        unset_hf_deepspeed_config()
+
+
+def configuration(engine: str, dtype: str, *, masters: bool) -> dict[str, Any]:
+    """What DeepSpeed is told.
+
+    Args:
+        engine: a key of ``STAGES``.
+        dtype: of the products of matrices.
+        masters: all weights are float32, whatever ``dtype``.
+    """
+    zero: dict[str, Any] = {"stage": STAGES[engine]}
+    if engine == "zero3" and dtype != "float32":
+        # Small parameters that are not divided would be gathered into one buffer, of one dtype.
+        zero["stage3_param_persistence_threshold"] = 0
+    config: dict[str, Any] = {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        # It would cast all parameters, and leave rounded what is trained in float32.
+        "bf16": {"enabled": False},
+    }
+    if masters and dtype == "bfloat16":
+        # Autocast as in one process; gradients are still summed in float32.
+        config["torch_autocast"] = {
+            "enabled": True,
+            "dtype": dtype,
+            "lower_precision_safe_modules": [],
+        }
+    return config
+
+
+@contextmanager
+def torch_optimizer(wrapper: Any) -> Iterator[Optimizer]:
+    """torch's own optimizer, whose parameters are the shares of this process.
+
+    Args:
+        wrapper: the trainer's optimizer: accelerate's around ZeRO's around torch's.
+    """
+    zero = wrapper.optimizer
+    inner: Optimizer = zero.optimizer
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        yield inner
+        return
+    # Stage 3 takes one share after the other into its group, and out again.
+    for number, share in enumerate(zero.fp32_partitioned_groups_flat):
+        inner.param_groups[zero.sub_group_to_group_id[number]]["params"].append(share)
+    try:
+        yield inner
+    finally:
+        for group in inner.param_groups:
+            group["params"] = []

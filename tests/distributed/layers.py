@@ -1,4 +1,5 @@
-"""NeFT layers in a training loop of one's own, sharded by torch: as a script, one of two processes.
+"""NeFT layers in a training loop of one's own, sharded by torch or DeepSpeed: as a script, one of two
+processes.
 
 Each way of sharding takes two steps, with a pass of the untouched model between forward and backward, as
 in DPO. The first process writes how far it is from the paper's masked training in one process.
@@ -12,9 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -22,10 +24,13 @@ from training import ALL
 from transformers import AutoModelForCausalLM
 
 from neft import NeftConfig, NeuronSet, processes
+from neft.errors import UsageError
 from neft.projections import find_projections
 from neft.reference.masked import mask_gradients
 from neft.scoring import score_neurons
 from neft.sft.sharded import gather_trained, whole
+from neft.sft.zero import deepspeed_at_work
+from neft.tuner.layer import neft_layers
 
 
 def _sharded(model: PeftModel, *, checkpointed: bool = False, **options: Any) -> Any:
@@ -37,6 +42,19 @@ def _sharded(model: PeftModel, *, checkpointed: bool = False, **options: Any) ->
     return fully_shard(model, **options)
 
 
+def _zero(model: PeftModel, stage: int, **options: Any) -> Any:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage} | options,
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(model), config=config)
+    return engine
+
+
 _SIXTEEN_BITS = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 WAYS: dict[str, Callable[[PeftModel], Any]] = {
     "ddp": DistributedDataParallel,
@@ -44,7 +62,37 @@ WAYS: dict[str, Callable[[PeftModel], Any]] = {
     "never resharded": lambda model: _sharded(model, reshard_after_forward=False),
     "checkpointed": lambda model: _sharded(model, checkpointed=True),
     "16 bits": lambda model: _sharded(model, mp_policy=_SIXTEEN_BITS),
+    "zero2": lambda model: _zero(model, 2),
+    # All of a tiny model is below its threshold.
+    "zero3, undivided": lambda model: _zero(model, 3),
+    "zero3": lambda model: _zero(model, 3, stage3_param_persistence_threshold=0),
 }
+LIVE: dict[str, Callable[[Any], Any]] = {
+    "fsdp2": lambda model: _fully_sharded(model.model.layers, model),
+    "zero3": WAYS["zero3"],
+}
+
+
+def _fully_sharded(layers: Iterable[nn.Module], model: nn.Module) -> nn.Module:
+    for layer in layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def _merge(model: PeftModel) -> None:
+    model.merge_adapter()
+
+
+def _add(model: PeftModel) -> None:
+    model.add_adapter("other", NeftConfig(neurons=model.peft_config["default"].neurons))
+
+
+def _read(model: PeftModel) -> None:
+    next(neft_layers(model))[1].weight  # noqa: B018
+
+
+# What a model cannot do whose weights are divided.
+REFUSED: dict[str, Callable[[PeftModel], None]] = {"merge": _merge, "add": _add, "read": _read}
 
 
 def _load(folder: str) -> tuple[Any, NeuronSet]:
@@ -54,34 +102,30 @@ def _load(folder: str) -> tuple[Any, NeuronSet]:
     return model, NeuronSet(projections, indices)
 
 
-def _optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=0.5, momentum=0.9)
 
 
-def _steps(model: Any, plain: PeftModel, tokens: Tensor) -> list[Tensor]:
-    """Train; the logits of the untouched model in each step."""
-    optimizer = _optimizer([p for p in model.parameters() if p.requires_grad])
+def _train(model: Any, tokens: Tensor, between: Callable[[Tensor], None] | None = None) -> None:
+    """Take a step a batch; ``between`` its forward and its backward pass comes something else."""
+    # DeepSpeed's engine is both.
+    optimizer = model if hasattr(model, "zero_optimization") else _optimizer(model)
     model.train()
-    untouched = []
     for ids in tokens:
         loss = model(input_ids=ids, labels=ids).loss
-        with torch.no_grad(), plain.disable_adapter():
-            untouched.append(model(input_ids=ids).logits)
-        loss.backward()
+        if between is not None:
+            between(ids)
+        model.backward(loss) if optimizer is model else loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return untouched
 
 
 def _masked(folder: str, tokens: Tensor) -> dict[str, Tensor]:
     """Weights after the paper's own way of training the same neurons, in one process."""
     model, neurons = _load(folder)
     mask_gradients(model, neurons)
-    optimizer = _optimizer(model.parameters())
-    for ids in tokens:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    _train(model, tokens)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -92,8 +136,14 @@ def _distances(folder: str, way: str, tokens: Tensor) -> dict[str, float]:
     half = tokens.shape[1] // processes.num_processes()
     start = half * processes.process_index()
     own = tokens[:, start : start + half]
-    with processes.process_group(way):
-        untouched = _steps(WAYS[way](model), model, own)
+    with processes.process_group(way), deepspeed_at_work():
+        wrapped, untouched = WAYS[way](model), []
+
+        def without_adapter(ids: Tensor) -> None:
+            with torch.no_grad(), model.disable_adapter():
+                untouched.append(wrapped(input_ids=ids).logits)
+
+        _train(wrapped, own, without_adapter)
         trained = gather_trained(model)
         frozen = {name: whole(p) for name, p in model.named_parameters() if not p.requires_grad}
     vectors = {_module(name): vector for name, vector in trained.items()}
@@ -130,38 +180,46 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight").removesuffix(".neft_vectors.default")
 
 
-def _live_scores(folder: str, tokens: Tensor) -> float:
+def _live_scores(folder: str, way: str, tokens: Tensor) -> float:
     """How far scores of a sharded model after a full fine-tune are from those of a whole one."""
     reference, model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
-    expected = _fully_tuned(reference, tokens)
+    _train(reference, tokens)
     half = tokens.shape[1] // processes.num_processes()
     start = half * processes.process_index()
-    with processes.process_group("live"):
-        for layer in model.model.layers:
-            fully_shard(layer)
-        found = _fully_tuned(fully_shard(model), tokens[:, start : start + half])
-        scores = score_neurons(folder, found)
-    wanted = score_neurons(folder, expected)
+    with processes.process_group(f"live, {way}"), deepspeed_at_work():
+        _train(LIVE[way](model), tokens[:, start : start + half])
+        scores = score_neurons(folder, model)
+    wanted = score_neurons(folder, reference)
     return max(
         float((abs(scores.distances[name] / distances - 1)).max())
         for name, distances in wanted.distances.items()
     )
 
 
-def _fully_tuned(model: Any, tokens: Tensor) -> Any:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    for ids in tokens:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+def _refusals(folder: str) -> dict[str, str]:
+    """What a NeFT model says to that which ZeRO-3 makes impossible."""
+    told = {}
+    models = {
+        use: get_peft_model(_load(folder)[0], NeftConfig(neurons=_load(folder)[1]))
+        for use in (*REFUSED, "pass before")
+    }
+    # Its vectors are in the weights when these are divided.
+    models["pass before"].eval()(input_ids=torch.tensor([[3, 4, 5]]))
+    with processes.process_group("refusals"), deepspeed_at_work():
+        for use, model in models.items():
+            engine = WAYS["zero3"](model)
+            with pytest.raises(UsageError) as refused:
+                REFUSED[use](model) if use in REFUSED else engine(input_ids=torch.tensor([[3]]))
+            told[use] = str(refused.value)
+    return told
 
 
 def _main(folder: str, told: Path) -> None:
     torch.set_num_threads(1)
     tokens = torch.randint(3, 100, (2, 4, 12), generator=torch.Generator().manual_seed(0))
     distances: dict[str, Any] = {way: _distances(folder, way, tokens) for way in WAYS}
-    distances["live scores"] = _live_scores(folder, tokens)
+    distances["live scores"] = {way: _live_scores(folder, way, tokens) for way in LIVE}
+    distances["refusals"] = _refusals(folder)
     if processes.is_first():
         told.write_text(json.dumps(distances))
 

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 NEFT = ["-m", "neft"]
 
 
-def test_stopped_and_continued_by_two_as_by_one(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
-    changes = {"warmup.steps": 40, "warmup.evaluate_every": 10, "distributed": {"engine": "fsdp2"}}
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_stopped_and_continued_by_two_as_by_one(
+    tmp_path: Path, tiny_recipe: TinyRecipe, engine: str
+) -> None:
+    changes = {"warmup.steps": 40, "warmup.evaluate_every": 10, "distributed": {"engine": engine}}
     recipe = tiny_recipe(tmp_path, **changes)
     alone = tmp_path / "alone"
     run(load_recipe(recipe, [f"output={alone}"]), say=lambda line: None)
@@ -65,16 +68,21 @@ def test_stopped_and_continued_by_two_as_by_one(tmp_path: Path, tiny_recipe: Tin
     assert all("already done" in line for line in said)
 
 
-def test_over_a_quantized_base_as_by_one(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_over_a_quantized_base_as_by_one(
+    tmp_path: Path, tiny_recipe: TinyRecipe, engine: str
+) -> None:
     pytest.importorskip("bitsandbytes")
     changes = {"warmup.method": "norm", "model.quantization": "4bit"}
+    changes["distributed"] = {"engine": engine}
     check_by_two_as_by_one(tiny_recipe(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_experts_by_two_as_by_one(
-    tmp_path: Path, tiny_recipe: TinyRecipe, tiny_model: TinyModel
+    tmp_path: Path, tiny_recipe: TinyRecipe, tiny_model: TinyModel, engine: str
 ) -> None:
-    changes = {"warmup.method": "norm", "distributed": {"engine": "fsdp2"}}
+    changes = {"warmup.method": "norm", "distributed": {"engine": engine}}
     recipe = tiny_recipe(tmp_path, **changes)
     for file in (tmp_path / "model").glob("model*.safetensors"):
         file.unlink()

@@ -1,4 +1,4 @@
-"""NeFT layers under every way in which torch shares a model out, without the package's own trainer."""
+"""NeFT layers under every way in which a model is shared out, without the package's own trainer."""
 
 from __future__ import annotations
 
@@ -32,5 +32,16 @@ def test_as_in_one_process(distances: dict[str, Any], way: str) -> None:
     assert found["untouched"] < (5e-2 if is_rounded else 1e-5)
 
 
-def test_a_sharded_model_is_scored_as_it_is(distances: dict[str, Any]) -> None:
-    assert distances["live scores"] < 1e-3
+@pytest.mark.parametrize("way", layers.LIVE)
+def test_a_sharded_model_is_scored_as_it_is(distances: dict[str, Any], way: str) -> None:
+    assert distances["live scores"][way] < 1e-3
+
+
+@pytest.mark.parametrize("use", layers.REFUSED)
+def test_what_cannot_be_done_under_zero3(distances: dict[str, Any], use: str) -> None:
+    assert "its weight is divided among processes" in distances["refusals"][use]
+
+
+def test_vectors_that_zero3_would_divide_with_the_base(distances: dict[str, Any]) -> None:
+    message = distances["refusals"]["pass before"]
+    assert "its weight held the vectors of ['default'] when it was sharded" in message

@@ -78,10 +78,7 @@ def outcomes(case: Case, place: Path) -> dict[str, str | None]:
         name: replace(case, **RUNS[run][0], distributed=ENGINES[engine])
         for name, (run, engine) in CASES.items()
     }
-    cases |= {
-        f"{name}, killed": replace(cases[name], killed_at=3)
-        for name in RESUMED
-    }
+    cases |= {f"{name}, killed": replace(cases[name], killed_at=3) for name in RESUMED}
     cases["many files"] = replace(cases["full, fsdp2"], file_bytes=10_000)
     cases = {name: replace(it, folder=str(place / name)) for name, it in cases.items()}
     # One process has begun this, and left a checkpoint.

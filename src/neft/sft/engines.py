@@ -11,6 +11,7 @@ from neft.errors import UsageError
 from neft.recipe import DistributedSection, ModelSection, TrainingSection
 from neft.sft import zero
 
+
 def engine_name(distributed: DistributedSection) -> str | None:
     """The engine that trains in this launch; ``None`` in one process, which needs none."""
     return distributed.engine if processes.num_processes() > 1 else None
@@ -55,7 +56,7 @@ def check_engine(
             f"Method 'mask' masks gradients of whole weights, and {engine} divides them among "
             "processes. Use method 'neft', which computes the same, or distributed.engine ddp."
         )
-    if model.quantization is not None:
+    if model.quantization is not None and engine != "zero2":
         raise UsageError(
             f"model.quantization is {model.quantization!r}, whose packed weights {engine} cannot divide "
             "among processes. Use distributed.engine ddp, or leave the base as it is."

@@ -358,7 +358,12 @@ def _set_up(run: _Run, last: Path | None) -> TargetTrainer:
     """A trainer, and a note of what is trained beside the checkpoints to come."""
     base = _base(run, last)
     num_parameters = base.num_parameters()  # knows how many weights a quantized tensor packs
-    trainer = _trainer(run, prepare(base, run.method, run.neurons, run.lora))
+    model = prepare(base, run.method, run.neurons, run.lora)
+    if engine_name(run.distributed) == "zero3":
+        # Where no input of a block of experts has a gradient, DeepSpeed takes those of its parameters
+        # before they are there.
+        model.enable_input_require_grads()
+    trainer = _trainer(run, model)
     _check_within(run, trainer.args)
     if not processes.is_first():
         return trainer

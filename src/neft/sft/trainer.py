@@ -122,7 +122,7 @@ class TargetTrainer(SFTTrainer):
         self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
 
     def _own_optimizer(self) -> AbstractContextManager[Optimizer]:
-        """torch's own, with what this process has of its state."""
+        """Torch's own, with what this process has of its state."""
         return (
             torch_optimizer(self.optimizer)
             if self.is_deepspeed_enabled

@@ -63,7 +63,7 @@ def configuration(engine: str, dtype: str, *, masters: bool) -> dict[str, Any]:
 
 @contextmanager
 def torch_optimizer(wrapper: Any) -> Iterator[Optimizer]:
-    """torch's own optimizer, whose parameters are the shares of this process.
+    """Torch's own optimizer, whose parameters are the shares of this process.
 
     Args:
         wrapper: the trainer's optimizer: accelerate's around ZeRO's around torch's.

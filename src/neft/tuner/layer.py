@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from neft.checkpoints.module import is_zero3, whole_shape
 from neft.errors import ArchitectureError, NeuronError, UsageError
 from neft.neurons import Axis, Indices, Projection
 from neft.quantized import compute_dtype, dequantized, is_quantized
@@ -75,7 +76,7 @@ class MasterVectors(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        count, length = self.weight.shape
+        count, length = whole_shape(self.weight)
         return f"{count} neurons of length {length}, {self.weight.dtype}"
 
 
@@ -342,11 +343,15 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             raise UsageError(
                 f"{self.name}: its weight held the vectors of {list(self._resident)} when it was "
                 "sharded, and the originals cannot be put back into shards. Build the model anew and "
-                "call model.state_dict(), or unmerge_adapter() if merged, before fully_shard."
+                "call model.state_dict(), or unmerge_adapter() if merged, before dividing it."
             )
 
-    def _check_undivided(self) -> None:
-        if _is_divided(self._base.weight):
+    def _check_undivided(self, *, for_good: bool = False) -> None:
+        """
+        Args:
+            for_good: the weight is to be changed; then what is only gathered does not count as whole.
+        """
+        if _is_divided(self._base.weight) or (for_good and _is_sharded(self._base)):
             raise UsageError(
                 f"{self.name}: its weight is divided among processes. Add adapters before dividing it; "
                 "to merge one, save it and merge it in one process (neft merge ADAPTER --base MODEL)."
@@ -558,7 +563,7 @@ class NeftLinear(nn.Module, BaseTunerLayer):
                 "merge_and_unload() puts a dequantized layer in its place; to merge into the 16-bit "
                 "base, run neft merge ADAPTER --base MODEL."
             )
-        self._check_undivided()
+        self._check_undivided(for_good=True)
         self._check_disjoint((*self.merged_adapters, *names))
         for name in names if safe_merge else ():
             if not torch.isfinite(self._vectors(name)).all():
@@ -687,12 +692,17 @@ def _is_distributed() -> bool:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP has the module's parameters, be they gathered just now or not."""
-    return bool(vars(module).get("_is_fsdp_managed_module"))
+    """Whether FSDP or ZeRO-3 has the module's parameters, be they gathered just now or not."""
+    if vars(module).get("_is_fsdp_managed_module"):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and is_zero3(weight)
 
 
 def _is_divided(weight: Tensor) -> bool:
     """Whether each process holds a part of it, outside of the passes that gather it."""
+    if is_zero3(weight):
+        return weight.numel() == 0
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

@@ -180,6 +180,37 @@ def test_pytorchs_own_is_back_when_the_last_one_ends() -> None:
     assert F.linear is own
 
 
+def test_others_who_replaced_it_are_left_what_is_not_faster_and_come_back(
+    monkeypatch: pytest.MonkeyPatch, onednn: Mock
+) -> None:
+    others = Mock(wraps=F.linear)
+    monkeypatch.setattr(F, "linear", others)
+    x, weight = tensors((T, I), (O, I))
+    with faster_linear():
+        F.linear(x, weight)
+        assert (onednn.call_count, others.call_count) == (1, 0)
+        F.linear(x.double(), weight.double())
+        assert others.call_count == 1
+    assert F.linear is others
+
+
+def test_others_who_replace_it_meanwhile_stay(
+    monkeypatch: pytest.MonkeyPatch, onednn: Mock
+) -> None:
+    own = F.linear
+    x, weight = tensors((T, I), (O, I))
+    with faster_linear():
+        others = Mock(wraps=F.linear)
+        monkeypatch.setattr(F, "linear", others)
+        # As a NeFT layer does.
+        with faster_linear():
+            F.linear(x, weight)
+            F.linear(x.double(), weight.double())
+        assert (onednn.call_count, others.call_count) == (1, 2)
+    assert F.linear is others
+    monkeypatch.setattr(F, "linear", own)
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Of every trained parameter, after one pass over a batch."""
     ids = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(7))

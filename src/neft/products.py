@@ -74,25 +74,31 @@ def faster_linear() -> Iterator[None]:
 
 
 class _Replacement:
-    """``_linear`` in the place of ``F.linear``, as long as anybody wants it."""
+    """``_linear`` in the place of ``F.linear``, as long as anybody wants it.
+
+    Others replace it too: DeepSpeed so that weights which it divides again are not kept for the backward
+    pass. What was there before does what ``_linear`` leaves to it; what comes later stays.
+    """
 
     def __init__(self) -> None:
+        self.replaced = F.linear
         self._num_users = 0
         self._lock = Lock()
 
     def begin(self) -> None:
         with self._lock:
+            if not self._num_users and F.linear is not _linear:
+                self.replaced = F.linear
+                F.linear = _linear
             self._num_users += 1
-            F.linear = _linear
 
     def end(self) -> None:
         with self._lock:
             self._num_users -= 1
-            if not self._num_users:
-                F.linear = _PYTORCHS_LINEAR
+            if not self._num_users and F.linear is _linear:
+                F.linear = self.replaced
 
 
-_PYTORCHS_LINEAR = F.linear
 _replacement = _Replacement()
 
 
@@ -100,7 +106,7 @@ _replacement = _Replacement()
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if not _goes_faster(*tensors):
-        return _PYTORCHS_LINEAR(input, weight, bias)
+        return _replacement.replaced(input, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         y: Tensor = _Linear.apply(input, weight, bias)
         return y

@@ -595,7 +595,7 @@ class DistributedSection(Section):
 
     engine: EngineName = "ddp"
     """``ddp``: every process has all weights; ``fsdp2``: each has a share, and gathers a layer at a time;
-    ``zero2``, ``zero3``: DeepSpeed's, which are refused as yet."""
+    ``zero2``, ``zero3``: DeepSpeed's: a share of the optimizer's state, or of the weights too."""
     reshard_after_forward: bool | None = None
     """``fsdp2``: give up a layer's weights after the forward pass, and gather them anew for the backward
     pass; default: true. False takes memory for all weights meanwhile, and less traffic."""

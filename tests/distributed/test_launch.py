@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def test_over_a_quantized_base_as_by_one(
     check_by_two_as_by_one(tiny_recipe(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_experts_by_two_as_by_one(
     tmp_path: Path, tiny_recipe: TinyRecipe, tiny_model: TinyModel, engine: str
 ) -> None:
@@ -146,11 +147,11 @@ def check(
         ({"method": "mask"}, "fsdp2 divides them among processes. Use method 'neft'"),
         (
             {"quantization": "4bit"},
-            "fsdp2 cannot divide among processes. Use distributed.engine ddp",
+            "fsdp2 cannot divide among processes. Use distributed.engine ddp or zero2",
         ),
+        ({"quantization": "8bit", "engine": "zero3"}, "whose packed weights zero3 cannot divide"),
+        ({"method": "mask", "engine": "zero2"}, "zero2 divides them among processes"),
         ({"dtype": "float16"}, "a scaling that was not tried with fsdp2"),
-        ({"engine": "zero2"}, "zero2 is not to be had yet: DeepSpeed resumes from pickles"),
-        ({"engine": "zero3"}, "Use fsdp2, which divides the same things"),
         ({"optimizer": "adafactor"}, "Adafactor needs rows and columns of whole weights"),
     ],
 )
@@ -162,6 +163,13 @@ def test_refused_with_the_reason(
     check()
     with pytest.raises(UsageError, match=reason):
         check(**changes)
+
+
+def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"zero3 needs .* pip install 'neft\[deepspeed\]'"):
+        check(engine="zero3")
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

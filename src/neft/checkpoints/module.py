@@ -95,7 +95,7 @@ def is_zero3(tensor: Tensor) -> bool:
 
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Of a tensor with the shares of all processes."""
-    shape: torch.Size = tensor.ds_shape if is_zero3(tensor) else tensor.shape
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
 
 

@@ -59,7 +59,7 @@ def check_engine(
     if model.quantization is not None and engine != "zero2":
         raise UsageError(
             f"model.quantization is {model.quantization!r}, whose packed weights {engine} cannot divide "
-            "among processes. Use distributed.engine ddp, or leave the base as it is."
+            "among processes. Use distributed.engine ddp or zero2, or leave the base as it is."
         )
     if model.dtype == "float16":
         raise UsageError(

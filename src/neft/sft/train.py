@@ -358,7 +358,7 @@ def _set_up(run: _Run, last: Path | None) -> TargetTrainer:
     """A trainer, and a note of what is trained beside the checkpoints to come."""
     base = _base(run, last)
     num_parameters = base.num_parameters()  # knows how many weights a quantized tensor packs
-    model = prepare(base, run.method, run.neurons, run.lora)
+    model: Any = prepare(base, run.method, run.neurons, run.lora)
     if engine_name(run.distributed) == "zero3":
         # Where no input of a block of experts has a gradient, DeepSpeed takes those of its parameters
         # before they are there.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -24,9 +26,17 @@ def deepspeed_at_work() -> Iterator[None]:
 
     # Sums over processes of one machine; gloo adds them up without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It warns of every accumulation of gradients, which the trainer arranges for.
+    accelerate = logging.getLogger("accelerate.accelerator")
+    level = accelerate.level
+    accelerate.setLevel(logging.ERROR)
+    linear = F.linear
     try:
         yield
     finally:
+        accelerate.setLevel(level)
+        # Stage 3 replaces it for good.
+        F.linear = linear
         # Every model that is loaded as long as transformers knows of it would be divided.
         unset_hf_deepspeed_config()
 
@@ -39,10 +49,12 @@ def configuration(engine: str, dtype: str, *, masters: bool) -> dict[str, Any]:
         dtype: of the products of matrices.
         masters: all weights are float32, whatever ``dtype``.
     """
-    zero: dict[str, Any] = {"stage": STAGES[engine]}
-    if engine == "zero3" and dtype != "float32":
-        # Small parameters that are not divided would be gathered into one buffer, of one dtype.
-        zero["stage3_param_persistence_threshold"] = 0
+    # By DeepSpeed's own default a bucket takes 2 GB; "auto" is by the width of the model.
+    zero: dict[str, Any] = {"stage": STAGES[engine], "reduce_bucket_size": "auto"}
+    if engine == "zero3":
+        zero["stage3_prefetch_bucket_size"] = "auto"
+        # Small parameters stay whole. They are gathered into one buffer, of one dtype.
+        zero["stage3_param_persistence_threshold"] = "auto" if dtype == "float32" else 0
     config: dict[str, Any] = {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": "auto",

@@ -6,6 +6,7 @@ process writes what became of them.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from neft import processes
 from neft.errors import NeftError
@@ -130,6 +132,13 @@ def begin(case: Case) -> None:
             case.carry_out()
 
 
+def _check_that_nothing_is_left(name: str, linear: Any) -> None:
+    """Of a training: the next is in the same process."""
+    assert functional.linear is linear, name
+    gc.collect()
+    assert not any(issubclass(type(it), PreTrainedModel) for it in gc.get_objects()), name
+
+
 def _main(given: Path, told: Path) -> None:
     torch.set_num_threads(1)
     linear = functional.linear
@@ -138,7 +147,7 @@ def _main(given: Path, told: Path) -> None:
     for name, fields in cases:
         with processes.process_group(name):
             outcomes[name] = _carry_out(Case(**fields))
-        assert functional.linear is linear, name
+        _check_that_nothing_is_left(name, linear)
     if processes.is_first():
         told.write_text(json.dumps(outcomes))
 

@@ -67,7 +67,12 @@ class TargetTrainer(SFTTrainer):
             # While its weights are whole. Other models were loaded from the checkpoint in the first
             # place.
             super()._load_from_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self.deepspeed is not None:
+                # Its hooks hold each other, and all weights.
+                self.deepspeed.destroy()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._is_divided:

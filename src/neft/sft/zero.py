@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import getclosurevars, isfunction
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ def deepspeed_at_work() -> Iterator[None]:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator,
+    )
 
     # Sums over processes of one machine; gloo adds them up without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -30,13 +35,19 @@ def deepspeed_at_work() -> Iterator[None]:
     accelerate = logging.getLogger("accelerate.accelerator")
     level = accelerate.level
     accelerate.setLevel(logging.ERROR)
-    linear = F.linear
+    linear, depth = F.linear, len(FWD_MODULE_STACK)
     try:
         yield
     finally:
         accelerate.setLevel(level)
-        # Stage 3 replaces it for good.
+        # Stage 3 leaves all these behind: a function for every linear layer, and the model, in a list and
+        # in the cache of a method.
         F.linear = linear
+        del FWD_MODULE_STACK[depth:]
+        for method in filter(isfunction, vars(PartitionedParameterCoordinator).values()):
+            for value in getclosurevars(method).nonlocals.values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
         # Every model that is loaded as long as transformers knows of it would be divided.
         unset_hf_deepspeed_config()
 

@@ -19,8 +19,8 @@ STAGES = {"zero2": 2, "zero3": 3}
 
 @contextmanager
 def deepspeed_at_work() -> Iterator[None]:
-    """Around a training."""
-    # Before anybody else imports it, so that it neither guesses nor compiles.
+    """Around a training: DeepSpeed as it is wanted here, and nothing of it afterwards."""
+    # Before anybody else imports it: it would guess, and say so.
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -29,7 +29,7 @@ def deepspeed_at_work() -> Iterator[None]:
         PartitionedParameterCoordinator,
     )
 
-    # Sums over processes of one machine; gloo adds them up without a compiler.
+    # It would compile this when it is first used; gloo adds up without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It warns of every accumulation of gradients, which the trainer arranges for.
     accelerate = logging.getLogger("accelerate.accelerator")

@@ -347,9 +347,10 @@ class NeftLinear(nn.Module, BaseTunerLayer):
             )
 
     def _check_undivided(self, *, for_good: bool = False) -> None:
-        """
+        """Refuse a weight of which processes hold parts.
+
         Args:
-            for_good: the weight is to be changed; then what is only gathered does not count as whole.
+            for_good: the weight is to be changed, so it must be whole even between passes.
         """
         if _is_divided(self._base.weight) or (for_good and _is_sharded(self._base)):
             raise UsageError(

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import PIPE, CompletedProcess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -93,12 +93,15 @@ def test_experts_by_two_as_by_one(
 
 def test_launched_by_accelerate(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
     changes = {"warmup.method": "norm", "distributed": {"engine": "fsdp2"}}
-    check_by_two_as_by_one(tiny_recipe(tmp_path, **changes), ACCELERATE)
+    # Of "train 9" and "train 10", the longer is dropped.
+    changes["data.max_length"] = 75
+    ended = check_by_two_as_by_one(tiny_recipe(tmp_path, **changes), ACCELERATE)
+    assert ended.stderr.count("data.train: of 16 examples, 6 were dropped") == 1
     record = json.loads((tmp_path / "run/train/training.json").read_text())
     assert record["crew"] == {"num_processes": 2, "engine": "fsdp2"}
 
 
-def check_by_two_as_by_one(recipe: Path, launcher: list[str] = TORCHRUN) -> None:
+def check_by_two_as_by_one(recipe: Path, launcher: list[str] = TORCHRUN) -> CompletedProcess[str]:
     alone = recipe.parent / "alone"
     run(load_recipe(recipe, [f"output={alone}"]), say=lambda line: None)
     ended = launch(2, [*NEFT, "run", str(recipe)], launcher, stdout=PIPE, stderr=PIPE)
@@ -110,6 +113,7 @@ def check_by_two_as_by_one(recipe: Path, launcher: list[str] = TORCHRUN) -> None
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    return ended
 
 
 def scores_in(file: Path) -> Any:

@@ -78,6 +78,9 @@ def _by_all(command: Callable[[], None]) -> None:
         with led():
             command()
     else:
+        if not log.isEnabledFor(logging.DEBUG):
+            # What it would tell, the first process tells too.
+            log.setLevel(logging.ERROR)
         follow(complain)
 
 

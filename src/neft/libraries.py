@@ -11,3 +11,5 @@ def silence_libraries() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     for library in _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
+    # Whatever trains imports it where it is installed, and then it sets a level of its own.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -92,7 +92,12 @@ def _read(model: PeftModel) -> None:
 
 
 # What a model cannot do whose weights are divided.
-REFUSED: dict[str, Callable[[PeftModel], None]] = {"merge": _merge, "add": _add, "read": _read}
+REFUSED: dict[str, Callable[[PeftModel], None]] = {
+    "merge": _merge,
+    "merge what is whole": _merge,
+    "add": _add,
+    "read": _read,
+}
 
 
 def _load(folder: str) -> tuple[Any, NeuronSet]:
@@ -207,7 +212,8 @@ def _refusals(folder: str) -> dict[str, str]:
     models["pass before"].eval()(input_ids=torch.tensor([[3, 4, 5]]))
     with processes.process_group("refusals"), deepspeed_at_work():
         for use, model in models.items():
-            engine = WAYS["zero3"](model)
+            is_whole = use == "merge what is whole"
+            engine = WAYS["zero3, undivided" if is_whole else "zero3"](model)
             with pytest.raises(UsageError) as refused:
                 REFUSED[use](model) if use in REFUSED else engine(input_ids=torch.tensor([[3]]))
             told[use] = str(refused.value)

@@ -283,6 +283,26 @@ def test_the_worst_moment(tiny_config: TinyConfig) -> None:
         assert process.kept_back > 0
 
 
+def test_more_is_kept_back_where_onednn_multiplies(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = as_module(tiny_config())
+    shape, batch = Shape.of(network), batch_of(True)[1]
+
+    def kept_back(method: str, dtype: str, *, by_onednn: bool) -> int:
+        monkeypatch.setattr("neft.sft.footprint.onednn_is_faster", lambda: by_onednn)
+        trained = what_trains(network, method, dtype)
+        return footprint(shape, trained, batch, on_cpu=True).kept_back
+
+    for method, dtype, factor in (
+        ("neft", "float32", 0.65 / 0.3),
+        ("neft", "bfloat16", 1),
+        ("full", "float32", 1),
+    ):
+        by_onednn = kept_back(method, dtype, by_onednn=True)
+        assert by_onednn == pytest.approx(factor * kept_back(method, dtype, by_onednn=False), abs=1)
+
+
 def test_in_backward_holds_hardly_two_gradients(tiny_config: TinyConfig) -> None:
     network = as_module(tiny_config(tie_word_embeddings=False))
     shape, batch = Shape.of(network), batch_of(True)[1]

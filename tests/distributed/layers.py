@@ -1,5 +1,4 @@
-"""NeFT layers in a training loop of one's own, sharded by torch or DeepSpeed: as a script, one of two
-processes.
+"""NeFT layers in a training loop of one's own, whose model is divided: as a script, one of two processes.
 
 Each way of sharding takes two steps, with a pass of the untouched model between forward and backward, as
 in DPO. The first process writes how far it is from the paper's masked training in one process.
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,9 @@ from neft.sft.zero import deepspeed_at_work
 from neft.tuner.layer import neft_layers
 
 
-def _sharded(model: PeftModel, *, checkpointed: bool = False, **options: Any) -> Any:
-    layers = model.base_model.model.model.layers
+def _sharded(model: Any, *, checkpointed: bool = False, **options: Any) -> Any:
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = plain.model.layers
     for number, layer in enumerate(layers):
         if checkpointed:
             layers[number] = checkpoint_wrapper(layer)
@@ -67,16 +67,7 @@ WAYS: dict[str, Callable[[PeftModel], Any]] = {
     "zero3, undivided": lambda model: _zero(model, 3),
     "zero3": lambda model: _zero(model, 3, stage3_param_persistence_threshold=0),
 }
-LIVE: dict[str, Callable[[Any], Any]] = {
-    "fsdp2": lambda model: _fully_sharded(model.model.layers, model),
-    "zero3": WAYS["zero3"],
-}
-
-
-def _fully_sharded(layers: Iterable[nn.Module], model: nn.Module) -> nn.Module:
-    for layer in layers:
-        fully_shard(layer)
-    return fully_shard(model)
+LIVE = ("fsdp2", "zero3")
 
 
 def _merge(model: PeftModel) -> None:
@@ -192,7 +183,7 @@ def _live_scores(folder: str, way: str, tokens: Tensor) -> float:
     half = tokens.shape[1] // processes.num_processes()
     start = half * processes.process_index()
     with processes.process_group(f"live, {way}"), deepspeed_at_work():
-        _train(LIVE[way](model), tokens[:, start : start + half])
+        _train(WAYS[way](model), tokens[:, start : start + half])
         scores = score_neurons(folder, model)
     wanted = score_neurons(folder, reference)
     return max(

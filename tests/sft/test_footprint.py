@@ -290,7 +290,7 @@ def test_more_is_kept_back_where_onednn_multiplies(
     shape, batch = Shape.of(network), batch_of(True)[1]
 
     def kept_back(method: str, dtype: str, *, by_onednn: bool) -> int:
-        monkeypatch.setattr("neft.sft.footprint.onednn_is_faster", lambda: by_onednn)
+        monkeypatch.setattr("neft.products.onednn_is_faster", lambda: by_onednn)
         trained = what_trains(network, method, dtype)
         return footprint(shape, trained, batch, on_cpu=True).kept_back
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from neft.neurons import Axis, NeuronSet, Projection
-from neft.products import onednn_is_faster
 from neft.projections import find_projections
 from neft.recipe import LoraSection, Quantization, TrainingSection
 from neft.sft.counting import num_linear
@@ -248,6 +247,8 @@ def footprint(shape: Shape, trained: Trained, batch: Batch, *, on_cpu: bool) -> 
         batch: the largest.
         on_cpu: whether memory is that of a process, and not of an accelerator.
     """
+    from neft.products import onednn_is_faster
+
     weights = _weights(shape, trained) + _dequantized(shape, trained.dtype, trained.quantization)
     vectors = vectors_bytes(trained)
     gradients, optimizer = _gradients(shape, trained), _optimizer(trained)

@@ -193,7 +193,7 @@ def _live_scores(folder: str, way: str, tokens: Tensor) -> float:
 
 
 def _refusals(folder: str) -> dict[str, str]:
-    """What a NeFT model says to that which ZeRO-3 makes impossible."""
+    """What a NeFT model says to that which dividing its weights makes impossible."""
     told = {}
     models = {
         use: get_peft_model(_load(folder)[0], NeftConfig(neurons=_load(folder)[1]))
@@ -204,7 +204,7 @@ def _refusals(folder: str) -> dict[str, str]:
     with processes.process_group("refusals"), deepspeed_at_work():
         for use, model in models.items():
             is_whole = use == "merge what is whole"
-            engine = WAYS["zero3, undivided" if is_whole else "zero3"](model)
+            engine = WAYS["never resharded" if is_whole else "zero3"](model)
             if is_whole:
                 engine(input_ids=torch.tensor([[3]]))  # gathers what then stays
             with pytest.raises(UsageError) as refused:

@@ -38,7 +38,7 @@ def test_a_sharded_model_is_scored_as_it_is(distances: dict[str, Any], way: str)
 
 
 @pytest.mark.parametrize("use", layers.REFUSED)
-def test_what_cannot_be_done_under_zero3(distances: dict[str, Any], use: str) -> None:
+def test_what_divided_weights_cannot_do(distances: dict[str, Any], use: str) -> None:
     assert "its weight is divided among processes" in distances["refusals"][use]
 
 
